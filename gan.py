@@ -157,7 +157,10 @@ PENALTY_EVERY = 8  # steps: every eighth with eight times the weight does as wel
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, penalise=False):
     """One step of the game on real images (N, 1, 28, 28): D's update, then G's (Algorithm 1, with k = 1).
 
-    `penalise` adds the gradient penalty to D's update, to be done in one step out of PENALTY_EVERY. Returns four scalar tensors for the log: d_loss, g_loss, mean D(x) and mean D(G(z)), all as of D's update.
+    `penalise` adds the gradient penalty to D's update, to be done in one step out of PENALTY_EVERY.
+
+    Returns four scalar tensors for the log: d_loss, mean D(x) and mean D(G(z)) before the update of D, g_loss after it, as
+    (d_loss, g_loss, d_real, d_fake).
     """
     z = torch.randn(len(real), generator.latent_dim, device=real.device)
     fake = generator(z)                                                           # (N, 1, 28, 28)
