@@ -36,9 +36,9 @@ def pick_device(name):
 
 
 def load_checkpoint(path):
-    """The dictionary that train.py saved at `path`, on the CPU; OSError or ValueError, in one line, if there is none."""
+    """The dictionary that train.py saved at `path`, on the CPU; OSError or ValueError, in one line, otherwise."""
     try:
-        # weights_only: tensors and plain containers. A pickle may hold code, and a checkpoint from a stranger would run it.
+        # weights_only: tensors and plain containers. A pickle may hold code, which loading a stranger's file would run.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["settings"]["latent_dim"], checkpoint["average"]
     except OSError:

@@ -114,7 +114,7 @@ def fetch_mnist(data):
 
 
 def load_images(data):
-    """The training images in `data`, uint8 (N, 1, 28, 28), MNIST's if there are none yet; ValueError if they do not fit.
+    """The training images in `data`, uint8 (N, 1, 28, 28), after fetching MNIST if there are none; ValueError if unfit.
 
     Any 28x28 images will do that lie in an IDX file of MNIST's name, in `data` or where torchvision keeps MNIST in it.
     """
@@ -216,7 +216,7 @@ def train(device="auto", out="out", resume=False, **given):
 
 
 def choose_settings(given, saved, out):
-    """DEFAULTS with what is `given`; those of the checkpoint `saved`, which only `epochs` may differ from, if there is one."""
+    """DEFAULTS with what is `given`; or, to resume, those of the checkpoint `saved`, where only `epochs` may be new."""
     if unknown := given.keys() - DEFAULTS.keys():
         raise ValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
     if saved is None:
@@ -252,7 +252,7 @@ def restore(checkpoint, state, device):
             torch.get_device_module(device).set_rng_state(checkpoint["device_rng"])
         return checkpoint["epoch"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise ValueError("the checkpoint does not fit gan.py: it comes from another version of it, or is a generator.pt")
+        raise ValueError("the checkpoint does not fit gan.py: it comes from another version of it") from None
 
 
 def cut_log(path, epoch):
@@ -279,7 +279,7 @@ def main():
     shown = {name: f"(default: {value})" for name, value in DEFAULTS.items()}
     count = whole_number(1)
     parser.add_argument("--epochs", type=count, metavar="N", help=f"passes over the images, in all {shown['epochs']}")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest here)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--batch-size", type=count, metavar="N", help=f"images per step {shown['batch_size']}")
     parser.add_argument("--lr", type=positive, metavar="X", help=f"Adam's learning rate, for both {shown['lr']}")
     parser.add_argument("--seed", type=whole_number(0), metavar="N", help=f"of everything random {shown['seed']}")
@@ -299,9 +299,9 @@ def main():
         if not checkpoint.exists():
             print("train.py: stopped before the training began; nothing is saved", file=sys.stderr)
         else:
-            command = shlex.join(["python", "train.py", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+            words = sys.argv[1:] if args.resume else [*sys.argv[1:], "--resume"]
             print(f"train.py: stopped; {checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on with: "
-                  f"{command}", file=sys.stderr)
+                  f"{shlex.join(['python', 'train.py', *words])}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
