@@ -5,7 +5,6 @@ D stands that can do no better than toss a coin: D(x) = D(G(z)) = 1/2, so d_loss
 g_loss = −log ½ = ln 2. The log may still be growing: a run that goes on can be drawn at any time.
 """
 import argparse
-import csv
 import itertools
 import math
 import os
@@ -39,13 +38,16 @@ def read_log(path):
     if lines[0].split(",") != COLUMNS:
         raise ValueError(f"{path} is no loss log: its first line must be {','.join(COLUMNS)}")
     rows = []
-    for number, fields in enumerate(csv.reader(lines[1:]), start=2):
+    for number, line in enumerate(lines[1:], start=2):
         try:
-            rows.append([float(field) for field in fields])
+            row = [float(field) for field in line.split(",")]
         except ValueError:
-            raise ValueError(f"{path}, line {number}: not a row of numbers: {','.join(fields)[:60]}") from None
-        if len(fields) != len(COLUMNS):
-            raise ValueError(f"{path}, line {number}: {len(fields)} fields in place of {len(COLUMNS)}")
+            raise ValueError(f"{path}, line {number}: not a row of numbers: {line[:60]}") from None
+        if len(row) != len(COLUMNS):
+            raise ValueError(f"{path}, line {number}: {len(row)} fields in place of {len(COLUMNS)}")
+        if not (1 <= row[0] < math.inf and 1 <= row[1] < math.inf):
+            raise ValueError(f"{path}, line {number}: epochs and steps count from 1")
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows yet")
     return dict(zip(COLUMNS, zip(*rows)))

@@ -211,6 +211,7 @@ def train(device="auto", out="out", resume=False, **given):
             rate = steps_per_epoch * batch_size / (time.perf_counter() - began)
             bar.write(f"epoch {epoch}/{settings['epochs']}: d_loss {row[0]:.3f}, g_loss {row[1]:.3f}, "
                       f"D(x) {row[2]:.2f}, D(G(z)) {row[3]:.2f}, {rate:.0f} images/s")
+            sys.stdout.flush()  # into a pipe, too
     plot(out / "losses.csv", out / "losses.png")
     return average
 
@@ -218,11 +219,15 @@ def train(device="auto", out="out", resume=False, **given):
 def choose_settings(given, saved, out):
     """DEFAULTS with what is `given`; or, to resume, those of the checkpoint `saved`, where only `epochs` may be new."""
     if unknown := given.keys() - DEFAULTS.keys():
-        raise ValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+        raise TypeError(f"there is no setting {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+    if "data" in given:
+        given["data"] = str(given["data"])  # a Path would make the checkpoint unreadable for weights_only
     if saved is None:
         if any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
             raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
         return DEFAULTS | given
+    if saved["settings"].keys() != DEFAULTS.keys():
+        raise ValueError(f"{out / 'checkpoint.pt'} comes from another version of train.py")
     for name, value in given.items():
         if name != "epochs" and value != saved["settings"][name]:
             option = "--" + name.replace("_", "-")
@@ -237,9 +242,11 @@ def save(out, settings, epoch, state, device):
     if device.type != "cpu":
         checkpoint["device_rng"] = torch.get_device_module(device).get_rng_state()
     checkpoint |= {name: part.state_dict() for name, part in state.items()}
-    write_whole(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    write_whole(out / "generator.pt", lambda file: torch.save(
-        {"settings": settings, "average": checkpoint["average"]}, file))
+    alone = {"settings": settings, "average": checkpoint["average"]}
+    for name, content in (("checkpoint.pt", checkpoint), ("generator.pt", alone)):
+        packed = io.BytesIO()  # in memory first: on a full disk torch.save does not raise an OSError
+        torch.save(content, packed)
+        write_whole(out / name, lambda file: file.write(packed.getbuffer()))
 
 
 def restore(checkpoint, state, device):
@@ -258,7 +265,8 @@ def restore(checkpoint, state, device):
 def cut_log(path, epoch):
     """Drop the rows of a loss log after `epoch`: those of an epoch that was broken off and now begins anew."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else [",".join(COLUMNS) + "\n"]
-    kept = [line for line in lines if not line[0].isdigit() or int(line.partition(",")[0]) <= epoch]
+    kept = [line for line in lines if line.endswith("\n")
+            and (not line[0].isdigit() or int(line.partition(",")[0]) <= epoch)]
     write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
@@ -299,9 +307,9 @@ def main():
         if not checkpoint.exists():
             print("train.py: stopped before the training began; nothing is saved", file=sys.stderr)
         else:
-            words = sys.argv[1:] if args.resume else [*sys.argv[1:], "--resume"]
+            words = [word for word in sys.argv[1:] if word != "--resume"]
             print(f"train.py: stopped; {checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on with: "
-                  f"{shlex.join(['python', 'train.py', *words])}", file=sys.stderr)
+                  f"{shlex.join(['python', 'train.py', '--resume', *words])}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
