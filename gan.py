@@ -39,9 +39,10 @@ class Generator(nn.Module):
             # A tiny picture with many channels: which strokes there are, and roughly where.
             nn.Linear(latent_dim, 128 * 4 * 4, bias=False),                       # (N, 2048)
             nn.Unflatten(1, (128, 4, 4)),                                         # (N, 128, 4, 4)
-            # Batch norm holds each channel at mean 0, variance 1 over the batch. Without it an early layer can shrink
-            # all noise to nearly the same activations, and G draws one digit for every z (Radford et al. 2015, the
-            # DCGAN paper, arxiv.org/abs/1511.06434, section 3). Its shift makes a bias in the layer before useless.
+            # Batch norm brings each channel to mean 0, variance 1 over batch and pixels, then applies a learned scale
+            # and shift. Without it an early layer can shrink all noise to nearly the same activations, and G draws one
+            # digit for every z (Radford et al. 2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A bias in
+            # the layer before would be taken away with the mean; hence bias=False.
             nn.BatchNorm2d(128),
             nn.ReLU(),
             # A transposed convolution paints one small patch per input pixel, `stride` pixels apart, and adds them up:
@@ -56,8 +57,8 @@ class Generator(nn.Module):
             nn.ReLU(),
             # No batch norm here: it would force every batch of images to the same mean and contrast.
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),                    # (N, 1, 28, 28)
-            # tanh reaches exactly the range that real pixels are scaled to. Were fakes free to leave it, D could tell
-            # them by that alone; and MNIST's commonest values, paper and ink, lie at its two flat ends.
+            # tanh keeps to the range that real pixels are scaled to. Were fakes free to leave it, D could tell them by
+            # that alone. Its flat ends suit MNIST: most pixels are paper (−1) or ink (1), hard to overshoot that way.
             nn.Tanh(),
         )
         self.apply(initialise)
@@ -69,7 +70,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, 1, 28, 28) in [-1, 1] to one logit each (N,); sigmoid(logit) is D(x).
 
-    Logits, not probabilities: in float32 a sigmoid rounds to exactly 1 from a logit of 18 on, and log(1 − D) is
+    Logits, not probabilities: in float32 a sigmoid rounds to exactly 1 from a logit of 17 on, and log(1 − D) is
     infinite there. The losses below work on the logit itself and never meet that 1.
     """
 
@@ -79,15 +80,16 @@ class Discriminator(nn.Module):
             # The generator backwards. Strides shrink the picture, not pooling: max pooling would pass G's gradient to
             # one pixel in four. No batch norm on the input, so that D sees the true range of values (DCGAN, section 3).
             nn.Conv2d(1, 16, 4, stride=2, padding=1),                             # (N, 16, 14, 14)
-            # G learns only through D. A ReLU that is off passes no gradient back; a leaky one always passes 0.2 of it.
+            # G learns only through D. A ReLU that is off passes no gradient back; a leaky one passes 0.2 of it.
             nn.LeakyReLU(0.2),
             nn.Conv2d(16, 64, 4, stride=2, padding=1, bias=False),                # (N, 64, 7, 7)
             # Batch norm lets D compare an image with its batch: if all fakes look alike, that shows.
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
-            # To judge digits and not just strokes, a unit must see a whole digit, some 20 pixels wide. This layer
-            # shrinks nothing, but widens the view of the next one's units from 18 of the 28 pixels to 26: in runs of
-            # 8 epochs the Fréchet distance fell from 9 to 5.6. At 7x7 it is cheap.
+            # To judge digits and not just strokes, a unit must see a whole digit, some 20 pixels wide; the linear layer
+            # sees it all, but only adds up. This layer shrinks nothing, but widens the view of the next one's units
+            # from 18 of the 28 pixels to 26. At 7x7 it is cheap, and in a pair of runs of 8 epochs it took the Fréchet
+            # distance (between statistics of real and generated images: less is better) from 9 to 5.6.
             nn.Conv2d(64, 64, 3, padding=1, bias=False),                          # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
@@ -125,8 +127,8 @@ def generator_loss(fake_logits):
     """−log D(G(z)), averaged, which G minimises in place of equation 1's log(1 − D(G(z))). Logits (N,) to a scalar.
 
     Both push D(G(z)) up. But the gradient of log(1 − D) with respect to the logit is −D: it vanishes where D sees
-    through the fake, that is at the start, when G has most to learn. That of −log D is −(1 − D), near −1 there
-    (section 3, last paragraph; "non-saturating" is its later name). As code: cross-entropy with the label of real.
+    through the fake, as it soon does while G is still bad. That of −log D is −(1 − D), near −1 there (Goodfellow et
+    al., section 3, last paragraph; "non-saturating" is its later name). As code: cross-entropy with the label of real.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -134,11 +136,13 @@ def generator_loss(fake_logits):
 def gradient_penalty(real, real_logits):
     """R1 (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4.1): 0.1 / 2 · E[ |∇ logit(x)|² ], x real.
 
-    Left alone, D learns its 60,000 images ever better, and d_loss goes to 0: D is then steep, certain on both sides of
-    a cliff, and flat where the fakes are. The penalty makes steepness near the data cost something, so that D slopes
-    gently from fakes to real ones, and a slope is what G climbs. In two runs of 8 epochs that differed in this alone,
-    the Fréchet distance of the samples was 9 with it and 27 without, and d_loss stayed near 1.3 in place of 0.5.
+    Left alone, D learns its 60,000 images ever better, and d_loss sinks: D is then certain on both sides of a cliff,
+    and flat where the fakes are. The penalty makes steepness near the data cost something, so that D slopes gently
+    from fakes to real ones, and a slope is what G climbs. In two runs of 8 epochs, without the second 7x7 layer and
+    otherwise alike, the Fréchet distance was 9 with it and 27 without, and d_loss stayed near 1.3 in place of 0.5.
     """
+    # One backward pass for all: image i's part of the gradient of the sum is that of its own logit, but for what batch
+    # norm carries from one image to another. create_graph, since the gradient is to be differentiated once more.
     gradient, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)   # (N, 1, 28, 28)
     return 0.1 / 2 * gradient.square().sum(dim=(1, 2, 3)).mean()
 
@@ -152,8 +156,8 @@ def make_optimizer(network, lr):
     return torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
 
 
-PENALTY_EVERY = 8  # steps: every eighth with eight times the weight does as well, for a fraction of the time
-                   # (Karras et al. 2020, arxiv.org/abs/1912.04958, section 4.1, "lazy regularization")
+PENALTY_EVERY = 8  # steps: in every eighth with eight times the weight it pulls as hard, for an eighth of the time
+                   # (Karras et al. 2020, arxiv.org/abs/1912.04958, section 3.1, "lazy regularization")
 
 
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, penalise=False):
@@ -161,17 +165,17 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, p
 
     `penalise` adds the gradient penalty to D's update, to be done in one step out of PENALTY_EVERY.
 
-    Returns four scalar tensors for the log: d_loss, g_loss, mean D(x), mean D(G(z)). All are from before D's update,
-    save g_loss, which comes after it.
+    Returns four scalar tensors for the log: d_loss (without the penalty), g_loss, mean D(x), mean D(G(z)). All are from
+    before D's update, save g_loss, which comes after it.
     """
     z = torch.randn(len(real), generator.latent_dim, device=real.device)
     fake = generator(z)                                                           # (N, 1, 28, 28)
 
-    # D's turn. detach() ends this backward() at the pixels of the fakes. Without it the gradient would run on into G,
-    # which must not learn from D's loss, and free the graph of `fake`, which G's turn needs: PyTorch then complains of
-    # a second backward through the same graph. Real and fake go through apart, not as one shuffled batch: batch norm
-    # would take its statistics from both, and G's turn, where all are fake, would show D batches of another kind.
-    real = real.detach().requires_grad_(penalise)
+    # D's turn. detach() cuts the fakes off from G: to D they are mere images. Without it backward() would run on
+    # through G, for gradients that nobody uses, and free the graph of `fake`, which G's turn still needs: PyTorch then
+    # complains of a second backward through the same graph. Real and fake go through apart, not as one shuffled batch:
+    # batch norm would take its statistics from both, and G's turn, all fakes, would show D batches of another kind.
+    real = real.detach().requires_grad_(penalise)  # for the penalty's gradient by the pixels
     real_logits, fake_logits = discriminator(real), discriminator(fake.detach())  # (N,), (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
     penalty = PENALTY_EVERY * gradient_penalty(real, real_logits) if penalise else 0
@@ -179,7 +183,7 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, p
     (d_loss + penalty).backward()
     d_optimizer.step()
 
-    # G's turn. The same fakes serve again, since G has not changed; D has, so its old answers to them do not. The
+    # G's turn, with the same fakes (Algorithm 1 draws new ones), as G has not changed; D has, and is asked anew. The
     # gradient goes through D into G. D's own weights stand still anyway; freezing them saves computing their gradients.
     discriminator.requires_grad_(False)
     g_loss = generator_loss(discriminator(fake))
@@ -196,9 +200,10 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, p
 def update_average(average, generator, step):
     """Move `average`, a copy of the generator, towards it after the step numbered `step` (from 1).
 
-    The two players never come to rest: G circles around what it seeks, and its latest weights are one point of the
-    circle. Their mean lies nearer the middle (Yazici et al. 2018, arxiv.org/abs/1806.04498). The weight of the newest
-    G, 10 / (step + 9), makes it a mean over about the last tenth of the training, however long that gets.
+    The two players hardly come to rest: G circles around what it seeks, and its latest weights are one point of the
+    circle. Their mean lies nearer the middle (Yazici et al. 2018, arxiv.org/abs/1806.04498). The newest G counts
+    10 / (step + 9): all of it at step 1, less and less later, so that two thirds of the mean always come from the last
+    tenth of the steps so far. Batch norm's running statistics are averaged with the weights.
     """
     weight = 10 / (step + 9)
     for mean, latest in zip(average.state_dict().values(), generator.state_dict().values()):

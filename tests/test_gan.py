@@ -42,6 +42,11 @@ def test_any_number_of_noise_vectors_become_images_and_logits(count):
     assert logits.shape == (count,) and logits.dtype == torch.float32
 
 
+def test_strongest_images_are_paper_and_ink_and_never_beyond():
+    images = players()[0].eval()(1e5 * torch.randn(16, 64))
+    assert images.min() == -1 and images.max() == 1
+
+
 def test_discriminator_answers_with_logits_and_not_with_probabilities():
     discriminator = players()[1].eval()
     before = discriminator(pictures(8))
