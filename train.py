@@ -135,8 +135,8 @@ def load_images(data):
 def precision(device):
     """A context in which the networks compute in bfloat16 where the device is fast at it, in float32 elsewhere.
 
-    Weights, gradients and losses stay float32. No cache: to a step
-    that does not freeze D in G's turn it would hand D's weights from before their update.
+    Weights, gradients and losses stay float32. No cache: to a step that does not freeze D in G's turn it would hand
+    D's weights from before their update.
     """
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
         device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
@@ -174,11 +174,9 @@ def train(device="auto", out="out", resume=False, **given):
     done = restore(saved, state, device) if resume else 0
     if done > settings["epochs"]:
         raise ValueError(f"--epochs {settings['epochs']}: the run in {out} has {done} epochs already")
-    if resume:
-        cut_log(out / "losses.csv", done)
-    else:
+    if not resume:
         save(out, settings, 0, state, device)
-        write_whole(out / "losses.csv", lambda file: file.write((",".join(COLUMNS) + "\n").encode()))
+    begin_log(out / "losses.csv", done)
 
     step, recent = done * steps_per_epoch, []
     bar = tqdm(total=settings["epochs"] * steps_per_epoch * batch_size, initial=step * batch_size, unit=" images",
@@ -266,8 +264,8 @@ def restore(checkpoint, state, device):
         raise ValueError("the checkpoint does not fit gan.py: it comes from another version of it") from None
 
 
-def cut_log(path, epoch):
-    """Drop the rows of a loss log after `epoch`: those of an epoch that was broken off and now begins anew."""
+def begin_log(path, epoch):
+    """A loss log with the rows up to `epoch`: those of an epoch that was broken off go, as it begins anew."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else [",".join(COLUMNS) + "\n"]
     kept = [line for line in lines if line.endswith("\n")
             and (not line[0].isdigit() or int(line.partition(",")[0]) <= epoch)]

@@ -228,7 +228,7 @@ def test_row_that_was_broken_off_does_not_stay_in_the_log(tmp_path):
     log, rows = tmp_path / "losses.csv", "epoch,step,d_loss,g_loss,d_real,d_fake\n9,225,1,1,.5,.5\n10,250,1,1,.5,.5\n"
     for end in ("", "1", "11,2", "11,270,1,1,.5,.5\n11,275,1,1,.5,.5\n12"):
         log.write_text(rows + end)
-        train.cut_log(log, 10)
+        train.begin_log(log, 10)
         assert log.read_text() == rows
 
 
