@@ -154,7 +154,19 @@ def make_optimizer(network, lr):
     beta1 = 0.5: Adam's usual 0.9 averages the gradients of some ten steps, but here the other player has moved since,
     and following old gradients makes the two chase each other in circles (DCGAN, section 4, calls it oscillation).
     """
-    return torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
+    on_cuda = next(network.parameters()).is_cuda  # there a step is recorded and replayed: capturable
+    return torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True, capturable=on_cuda)
+
+
+def precision(device):
+    """A context in which the networks compute in bfloat16 where the device is fast at it, in float32 elsewhere.
+
+    Weights, gradients and losses stay float32. No cache: to a step that does not freeze D in G's turn it would hand
+    D's weights from before their update.
+    """
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
+        device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 PENALTY_EVERY = 8  # steps: in every eighth with eight times the weight it pulls as hard, for an eighth of the time
@@ -211,3 +223,22 @@ def update_average(average, generator, step):
     for mean, latest in zip(average.state_dict().values(), generator.state_dict().values()):
         if mean.is_floating_point():  # batch norm also counts its batches
             mean.lerp_(latest, weight)
+
+
+CHUNK = 100  # images that go through the generator at a time
+
+
+@torch.no_grad()
+def draw(generator, z):
+    """G(z) as uint8 (len(z), 28, 28), paper 0 to ink 255.
+
+    In eval mode: batch norm then uses the means of its training. In train mode it would use those of this batch, and
+    each digit would change with its neighbours. For the same reason, as on another batch size a library may add in
+    another order, all batches have one size.
+    """
+    was_training, device = generator.training, next(generator.parameters()).device
+    generator.eval()
+    chunks = F.pad(z, (0, 0, 0, -len(z) % CHUNK)).to(device).split(CHUNK)
+    images = [(generator(chunk).float() * 127.5 + 127.5).round().to("cpu", torch.uint8) for chunk in chunks]
+    generator.train(was_training)
+    return torch.cat(images)[:len(z), 0]

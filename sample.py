@@ -13,26 +13,22 @@ import torch
 from PIL import Image  # Pillow, like numpy, comes with torchvision
 from torchvision.utils import make_grid
 
-from gan import Generator
+from gan import CHUNK, Generator, draw
 from plot_losses import write_whole
 
-CHUNK = 100  # digits that go through the generator at a time
+FRAMES = 60  # of an animation, 20 a second
 SHIPPED = Path(__file__).parent / "results" / "generator.pt"
 
 
 def pick_device(name):
     """The torch.device for 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'; ValueError, in one line, where it is not here."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and number.isdecimal())):
-        raise ValueError(f"--device {name}: unknown; take auto, cpu, cuda, cuda:N or mps")
-    if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
-        raise ValueError(f"--device {name}: PyTorch finds no {kind.upper()} device here; use --device cpu")
-    if number and int(number) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError):  # a name that PyTorch does not know, or a device that it does not find
+        raise ValueError(f"--device {name}: PyTorch finds no such device here; use --device cpu") from None
 
 
 def load_checkpoint(path):
@@ -59,61 +55,55 @@ def load_generator(path, device="cpu"):
     return generator.to(device)
 
 
-@torch.no_grad()
-def generate(generator, count, seed=0):
-    """`count` images as uint8 (count, 28, 28), paper 0 to ink 255. Digit i depends on the seed and i alone.
+def noise(latent_dim, count, seed):
+    """z (count, latent_dim), standard normal. Row i depends on the seed and i alone: drawn on the CPU, in chunks."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randn(CHUNK, latent_dim, generator=random) for _ in range(0, count, CHUNK)])[:count]
 
-    To that end the noise is drawn on the CPU, in order, and goes through in chunks of one size (on another batch size
-    a library may add in another order). And the generator is in eval mode: batch norm then uses the means of its
-    training, not those of the batch, which would make each digit depend on its neighbours.
+
+def generate(generator, count, seed=0):
+    """`count` new images, uint8 (count, 28, 28). The same seed gives the same ones, however many are drawn."""
+    return draw(generator, noise(generator.latent_dim, count, seed))
+
+
+def walk(generator, count, seed=0):
+    """`count` digits that change smoothly, as uint8 (FRAMES, count, 28, 28); after the last frame comes the first.
+
+    Each z goes round a circle, cos(t)·a + sin(t)·b. As cos² + sin² = 1 it is a standard normal everywhere, so that each
+    frame is as good as any sample. On a straight line from a to b it would be too short in between: G never saw such z.
     """
-    was_training = generator.training
-    generator.eval()
-    device = next(generator.parameters()).device
-    noise = torch.Generator().manual_seed(seed)
-    images = torch.empty(count, 28, 28, dtype=torch.uint8)
-    for chunk in images.split(CHUNK):
-        z = torch.randn(CHUNK, generator.latent_dim, generator=noise).to(device)
-        pixels = (generator(z).float() + 1) * 127.5                   # [-1, 1] to [0, 255]
-        chunk.copy_(pixels.round()[:len(chunk), 0])
-    generator.train(was_training)
-    return images
+    a, b = noise(generator.latent_dim, 2 * count, seed).split(count)
+    angles = [2 * math.pi * frame / FRAMES for frame in range(FRAMES)]
+    return torch.stack([draw(generator, math.cos(angle) * a + math.sin(angle) * b) for angle in angles])
 
 
 def save_grid(images, path):
-    """Write images, uint8 (N, 28, 28), as one picture: as near to a square as N allows, filled row by row."""
-    grid = make_grid(images.unsqueeze(1), nrow=math.ceil(math.sqrt(len(images))), padding=2)
-    picture = Image.fromarray(grid[0].numpy())
-    write_whole(path, lambda file: picture.save(file, format="PNG"))
-
-
-def whole_number(low, high=2**63 - 1):
-    """An argparse type: a whole number from `low` to `high`."""
-    def parse(text):
-        try:
-            number = int(text)
-        except ValueError:
-            number = None
-        if number is None or not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number "
-                                             + (f"from {low} on" if high == 2**63 - 1 else f"from {low} to {high}"))
-        return number
-    return parse
+    """Write uint8 (N, 28, 28) as a grid, nearly square, row by row; (F, N, 28, 28) as an animation, to a .gif."""
+    columns = math.ceil(math.sqrt(images.shape[-3]))
+    frames = [Image.fromarray(make_grid(grid.unsqueeze(1), nrow=columns)[0].numpy())
+              for grid in images.view(-1, *images.shape[-3:])]
+    moving = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0} if frames[1:] else {}
+    write_whole(path, lambda file: frames[0].save(file, Path(path).suffix[1:].upper(), **moving))
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw new digits with a trained generator.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", required=True, help="grid.png: a square grid; digits.npy: uint8 (count, 28, 28)")
-    parser.add_argument("--count", type=whole_number(1, 100_000), default=100, help="how many digits")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="another seed, other digits")
+    parser.add_argument("--out", required=True, help="grid.png: a square grid; walk.gif: a grid whose digits change "
+                                                     "into others and back; digits.npy: uint8 (count, 28, 28)")
+    parser.add_argument("--count", type=int, default=100, help="how many digits")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other digits")
     parser.add_argument("--checkpoint", help="a checkpoint.pt or generator.pt (default: out/checkpoint.pt, "
                                              "or the generator in results/ where there is no run yet)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = parser.parse_args()
     form = Path(args.out).suffix.lower()
-    if form not in (".png", ".npy"):
-        parser.error(f"--out {args.out}: unknown type; take a name that ends in .png or .npy")
+    if form not in (".png", ".gif", ".npy"):
+        parser.error(f"--out {args.out}: unknown type; take a name that ends in .png, .gif or .npy")
+    if not 1 <= args.count <= (400 if form == ".gif" else 100_000):
+        parser.error(f"--count {args.count}: take 1 to 100000, for an animation 1 to 400")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: take 0 to 2**63 - 1")
     try:
         device = pick_device(args.device)
     except ValueError as error:
@@ -121,11 +111,11 @@ def main():
 
     path = args.checkpoint or ("out/checkpoint.pt" if Path("out/checkpoint.pt").exists() else SHIPPED)
     try:
-        images = generate(load_generator(path, device), args.count, args.seed)
-        if form == ".png":
-            save_grid(images, args.out)
-        else:
+        images = (walk if form == ".gif" else generate)(load_generator(path, device), args.count, args.seed)
+        if form == ".npy":
             write_whole(args.out, lambda file: numpy.save(file, images.numpy()))
+        else:
+            save_grid(images, args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
     print(f"{args.out}: {args.count} digits of the generator in {path}, seed {args.seed}")

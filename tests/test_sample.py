@@ -14,6 +14,10 @@ from conftest import ROOT, complaint, contents
 from gan import Generator
 
 
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+without_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
+
+
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
@@ -77,6 +81,24 @@ def test_grid_of_one_digit_shows_it(cli, trained):
     assert numpy.array(Image.open("one.PNG")).std() > 0
 
 
+def test_walk_goes_smoothly_round_and_comes_back(generator):
+    frames = sample.walk(generator, 3, seed=5)
+    assert frames.shape == (sample.FRAMES, 3, 28, 28) and frames.dtype == torch.uint8
+    assert torch.equal(frames[0], sample.generate(generator, 3, seed=5))
+    steps = (frames.float() - frames.roll(1, 0).float()).square().mean((2, 3)).sqrt()  # the first is from the last frame
+    half = (frames.float() - frames.roll(sample.FRAMES // 2, 0).float()).square().mean((2, 3)).sqrt()
+    assert (steps > 0).all() and steps.max() < half.max() / 3
+
+
+def test_animation_shows_the_walk_for_ever(cli, trained, generator):
+    assert cli(sample, "--out", "walk.gif", "--count", 2, "--checkpoint", trained)[0] == 0
+    picture, frames = Image.open("walk.gif"), sample.walk(generator, 2)
+    assert picture.n_frames == sample.FRAMES and picture.info["loop"] == 0
+    for number in (0, 1, sample.FRAMES - 1):
+        picture.seek(number)
+        assert numpy.array_equal(numpy.array(picture.convert("L"))[2:30, 32:60], frames[number, 1].numpy())
+
+
 def test_own_run_is_taken_by_default_and_before_there_is_one_the_shipped_generator(cli, trained, monkeypatch):
     monkeypatch.setattr(sample, "SHIPPED", trained.with_name("none.pt"))
     assert "none.pt" in complaint(*cli(sample, "--out", "digits.npy"))
@@ -104,20 +126,18 @@ def test_size_of_the_noise_comes_from_the_checkpoint(cli, tmp_path):
     ("--count -5", "--count"),
     ("--count 2.5", "2.5"),
     ("--count 100001", "100000"),
+    ("--out walk.gif --count 401", "400"),
     ("--seed -1", "--seed"),
     ("--seed 99999999999999999999", "--seed"),
     ("--device tpu", "tpu"),
-    ("--device cpu:0", "cpu:0"),
-    ("--device cuda", "--device cpu"),
     ("--device cuda:", "cuda:"),
-    ("--device mps", "--device cpu"),
+    pytest.param("--device cuda", "--device cpu", marks=without_cuda),
+    pytest.param("--device mps", "--device cpu", marks=without_mps),
     ("--checkpoint none.pt", "none.pt"),
     ("--out file/grid.png", "file"),
     ("--out folder.png", "folder.png"),
 ])
-def test_bad_options_are_one_line_and_write_nothing(cli, trained, tmp_path, monkeypatch, options, word):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+def test_bad_options_are_one_line_and_write_nothing(cli, trained, tmp_path, options, word):
     (tmp_path / "here" / "file").write_text("a file")
     (tmp_path / "here" / "folder.png").mkdir()
     before = contents(tmp_path)
@@ -126,16 +146,24 @@ def test_bad_options_are_one_line_and_write_nothing(cli, trained, tmp_path, monk
 
 
 def test_device_is_taken_if_it_is_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert sample.pick_device("cpu") == torch.device("cpu")
+    found = {"cuda", "cuda:0", "cuda:1", "mps", "cpu"}
+
+    def zeros(count, device):
+        if device not in found:
+            raise RuntimeError("invalid device ordinal")
+        return torch.tensor([0.0])
+
+    monkeypatch.setattr(sample.torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in found)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in found)
     assert sample.pick_device("auto") == sample.pick_device("cuda") == torch.device("cuda")
     assert sample.pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="cuda:2"):
         sample.pick_device("cuda:2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    found -= {"cuda", "cuda:0", "cuda:1"}
     assert sample.pick_device("auto") == sample.pick_device("mps") == torch.device("mps")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    found.remove("mps")
     assert sample.pick_device("auto") == torch.device("cpu")
 
 
