@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-KINDS = 10
+KINDS = 10   # that G may choose from
+CHUNK = 100  # images that draw() has G make at a time
 
 
 class Generator(nn.Module):
@@ -48,10 +48,10 @@ class Generator(nn.Module):
             nn.Unflatten(1, (128, 4, 4)),                                         # (N, 128, 4, 4)
             # Batch norm brings each channel to mean 0, variance 1 over batch and pixels, then applies a learned scale
             # and shift. Without it an early layer can shrink all noise to nearly the same activations, and G draws one
-            # digit for every z (Radford et al. 2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A bias in
-            # the layer before would be taken away with the mean; hence bias=False.
+            # digit for every z (Radford et al. 2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A bias just
+            # before would be taken away with the mean; hence bias=False.
             nn.BatchNorm2d(128),
-            nn.ReLU(),  # D's are leaky, for a reason that is given there
+            nn.ReLU(),  # DCGAN's choice. D's are leaky, for a reason given there; G gets its gradient through D's.
             # A transposed convolution paints one small patch per input pixel, `stride` pixels apart, and adds them up:
             # upscaling that is learned. Channels fall as pixels grow: less of what is drawn, more of where.
             nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),      # (N, 64, 7, 7)
@@ -62,9 +62,9 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),       # (N, 32, 14, 14)
             nn.BatchNorm2d(32),
             nn.ReLU(),
-            # No batch norm here: it would force every batch of images to the same mean and contrast. And the last upscaling
-            # goes another way, as on a CPU a transposed convolution to one channel is slow (6 % of the whole step): four
-            # channels, laid out as 2x2 pixels (Shi et al. 2016, arxiv.org/abs/1609.05158).
+            # No batch norm here: it would force every batch of images to the same mean and contrast. And the last
+            # upscaling goes another way, four channels laid out as 2x2 pixels (Shi et al. 2016,
+            # arxiv.org/abs/1609.05158): transposed convolution to one channel is slow on a CPU (6 % of a step).
             nn.Conv2d(32, 4, 3, padding=1),                                       # (N, 4, 14, 14)
             nn.PixelShuffle(2),                                                   # (N, 1, 28, 28)
             # tanh keeps to the range that real pixels are scaled to. Were fakes free to leave it, D could tell them by
@@ -145,7 +145,7 @@ def generator_loss(fake_logits):
 
 
 def gradient_penalty(real, real_logits):
-    """R1 (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4.1): 0.1 / 2 · E[ |∇ logit(x)|² ], x real.
+    """R1 (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4.1): 0.01 / 2 · E[ |∇ logit(x)|² ], x real.
 
     Left alone, D learns its 60,000 images ever better, and d_loss sinks: D is then certain on both sides of a cliff,
     and flat where the fakes are. The penalty makes steepness near the data cost something, so that D slopes gently
@@ -155,7 +155,7 @@ def gradient_penalty(real, real_logits):
     # One backward pass for all: image i's part of the gradient of the sum is that of its own logit, but for what batch
     # norm carries from one image to another. create_graph, since the gradient is to be differentiated once more.
     gradient, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)   # (N, 1, 28, 28)
-    return 0.1 / 2 * gradient.square().sum(dim=(1, 2, 3)).mean()
+    return 0.01 / 2 * gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
 def make_optimizer(network, lr):
@@ -163,25 +163,24 @@ def make_optimizer(network, lr):
 
     lr: DCGAN found 0.001 too high and took 0.0002; networks as small as these stand it, and learn faster.
     beta1 = 0.5: Adam's usual 0.9 averages the gradients of some ten steps, but here the other player has moved since,
-    and following old gradients makes the two chase each other in circles (DCGAN, section 4, calls it oscillation).
+    and old gradients make the two chase each other in circles (DCGAN, section 4: oscillation). beta2 is Adam's own.
     """
-    on_cuda = next(network.parameters()).is_cuda  # there a step is recorded and replayed: capturable
-    return torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True, capturable=on_cuda)
+    return torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
 
 
 def precision(device):
     """A context in which the networks compute in bfloat16 where the device is fast at it, in float32 elsewhere.
 
-    Weights, gradients and losses stay float32. No cache: to a step that does not freeze D in G's turn it would hand
-    D's weights from before their update.
+    Weights, gradients and losses stay float32. No cache: if D is not frozen in G's turn, its old weights would be used.
     """
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
         device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
-PENALTY_EVERY = 8  # steps: in every eighth with eight times the weight it pulls as hard, for an eighth of the time
-                   # (Karras et al. 2020, arxiv.org/abs/1912.04958, section 3.1, "lazy regularization")
+# In every 16th step, with 16 times the weight, the penalty pulls as hard for a 16th of the time (Karras et al. 2020,
+# arxiv.org/abs/1912.04958, section 3.1, "lazy regularization").
+PENALTY_EVERY = 16
 
 
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, penalise=False):
@@ -207,8 +206,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, p
     (d_loss + penalty).backward()
     d_optimizer.step()
 
-    # G's turn, with the same fakes (Algorithm 1 draws new ones), as G has not changed; D has, and is asked anew. The
-    # gradient goes through D into G. D's own weights stand still anyway; freezing them saves computing their gradients.
+    # G's turn, with the same fakes (Algorithm 1 draws new ones): G has not changed. D has, and is asked anew. The
+    # gradient goes through D into G. D's weights stand still anyway; freezing them saves computing their gradients.
     discriminator.requires_grad_(False)
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
@@ -226,9 +225,8 @@ def update_average(average, generator, step):
 
     The two players hardly come to rest: G circles around what it seeks, and its latest weights are one point of the
     circle. Their mean lies nearer the middle (Yazici et al. 2018, arxiv.org/abs/1806.04498). The newest G counts
-    10 / (step + 9): all of it at step 1, less and less later, so that two thirds of the mean always come from the last
-    tenth of the steps so far. Batch norm's running statistics are averaged with the weights. After 8 epochs the
-    average's digits had a Fréchet distance of 4.9, those of the generator itself 17.6.
+    10 / (step + 9), all of it at step 1, less and less later: two thirds of the mean always come from the last tenth of
+    the steps so far. Batch norm's running statistics are averaged, too. AVERAGE_GAIN
     """
     weight = 10 / (step + 9)
     for mean, latest in zip(average.state_dict().values(), generator.state_dict().values()):
@@ -236,16 +234,12 @@ def update_average(average, generator, step):
             mean.lerp_(latest, weight)
 
 
-CHUNK = 100  # images that go through the generator at a time
-
-
 @torch.no_grad()
 def draw(generator, z):
     """G(z) as uint8 (len(z), 28, 28), paper 0 to ink 255.
 
     In eval mode: batch norm then uses the means of its training. In train mode it would use those of this batch, and
-    each digit would change with its neighbours. For the same reason, as on another batch size a library may add in
-    another order, all batches have one size.
+    each digit would change with its neighbours. All batches have one size, as on another one rounding may differ.
     """
     was_training, device = generator.training, next(generator.parameters()).device
     generator.eval()

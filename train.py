@@ -115,10 +115,9 @@ def load_images(data):
 
 
 def replayed(step, optimizers):
-    """`step` as CUDA graphs, one with the penalty and one without, recorded once and then replayed.
-
-    A step is some hundreds of kernels, each over before Python has launched the next; a graph launches all at once. It
-    reads and writes the same memory each time, so that a batch is first copied to where the graph looks for it.
+    """`step` as two CUDA graphs, with the penalty and without, each recorded once and then replayed: a step is hundreds
+    of kernels, each over before Python has launched the next, and a graph launches them all at once. It reads the same
+    memory each time; a batch is first copied there.
     """
     graphs, inputs, outputs, side = {}, {}, {}, torch.cuda.Stream()
 
@@ -127,8 +126,7 @@ def replayed(step, optimizers):
             inputs[penalise].copy_(batch)
             graphs[penalise].replay()
             return outputs[penalise].clone()
-        # Both kinds are first taken plainly, for libraries and optimizers to set themselves up; on a stream of its
-        # own, as what is bound to the default stream cannot be recorded.
+        # Each is first taken plainly, for libraries and optimizers to get ready; on its own stream, as PyTorch asks.
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             values = step(batch, penalise)
@@ -141,6 +139,8 @@ def replayed(step, optimizers):
                 graphs[kind] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[kind]):  # this runs nothing
                     outputs[kind] = step(inputs[kind], kind)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["capturable"] = False
         return values
 
     return play
@@ -194,7 +194,7 @@ def train(device="auto", out="out", resume=False, **given):
                unit_scale=True, disable=not sys.stderr.isatty())  # in a log file, the line after each epoch must do
     with bar, open(out / "losses.csv", "a", buffering=1) as log:
         for epoch in range(done + 1, epochs + 1):
-            diverged = f"losses no longer finite in epoch {epoch}, saved is the one before. Try a new --out, a lower --lr"
+            diverged = f"losses not finite in epoch {epoch}; the one before is saved. Try a new --out, a lower --lr"
             bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
             began = time.perf_counter()
             order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]  # no batch with fewer
@@ -286,8 +286,8 @@ def main():
         train(**vars(args))
     except KeyboardInterrupt:
         words = ["python", "train.py", "--resume", *(word for word in sys.argv[1:] if word != "--resume")]
-        print("train.py: stopped; nothing is saved yet" if not checkpoint.exists() else f"train.py: stopped; {checkpoint} "
-              f"holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on with: {shlex.join(words)}", file=sys.stderr)
+        print("train.py: stopped; nothing is saved yet" if not checkpoint.exists() else "train.py: stopped; "
+              f"{checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on: {shlex.join(words)}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

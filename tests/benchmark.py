@@ -131,8 +131,8 @@ def speed(device, data, rounds=9):
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
     square = torch.randn(size, size, device=device, dtype=dtype)
     peak = 2 * size**3 / statistics.median(seconds(lambda: square @ square, device) for _ in range(5))
-    print(f"{'arithmetic':36s} {flops / 1e9:.2f} GFLOP a step, {flops / taken / 1e9:.0f} GFLOP/s; a matrix product of "
-          f"{size}x{size}, {square.dtype}: {peak / 1e9:.0f} GFLOP/s; the step reaches {100 * flops / taken / peak:.0f} %")
+    print(f"{'arithmetic':36s} {flops / 1e9:.2f} GFLOP a step, {flops / taken / 1e9:.0f} GFLOP/s; matrix product of "
+          f"{size}x{size}, {dtype}: {peak / 1e9:.0f} GFLOP/s; the step reaches {100 * flops / taken / peak:.0f} %")
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     print(f"{'memory, at most':36s} {memory / 2**20:9.0f} MiB")
@@ -142,7 +142,7 @@ def speed(device, data, rounds=9):
 
 def layers(game, device, peak, step_time):
     """Print each layer's arithmetic rate alone: forward, gradient by its input, gradient by its weights."""
-    print(f"\n{'layer, output (one batch)':45s} {'MFLOP':>6s}  {'forward':>15s}  {'by input':>15s}  {'by weights':>15s}")
+    print(f"\n{'layer, output':45s} {'MFLOP':>6s}  {'forward':>15s}  {'by input':>15s}  {'by weights':>15s}")
     total = 0
     real = game.images[:DEFAULTS["batch_size"]].float() / 127.5 - 1
     z = torch.randn(len(real), game.generator.latent_dim, device=device)
@@ -166,8 +166,8 @@ def layers(game, device, peak, step_time):
                     print(f"{name:45s} {mflop:6.0f}" + "".join(
                         f"  {time:5.2f} ms {100 * mflop * 1e9 / time / peak:4.0f} %" for time in taken))
             value = output
-    print(f"{'all of them, as often as a step needs':45s} {total:.1f} of the step's {step_time:.1f} ms; the rest is batch "
-          "norm, activations, optimizers, penalty and Python")
+    print(f"{'all, as often as a step needs':45s} {total:.1f} of the step's {step_time:.1f} ms; the rest: batch "
+          "norm, activations, optimizers, penalty, Python")
 
 
 class Classifier(nn.Module):

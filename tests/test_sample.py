@@ -85,7 +85,7 @@ def test_walk_goes_smoothly_round_and_comes_back(generator):
     frames = sample.walk(generator, 3, seed=5)
     assert frames.shape == (sample.FRAMES, 3, 28, 28) and frames.dtype == torch.uint8
     assert torch.equal(frames[0], sample.generate(generator, 3, seed=5))
-    steps = (frames.float() - frames.roll(1, 0).float()).square().mean((2, 3)).sqrt()  # the first is from the last frame
+    steps = (frames.float() - frames.roll(1, 0).float()).square().mean((2, 3)).sqrt()  # the first: from the last frame
     half = (frames.float() - frames.roll(sample.FRAMES // 2, 0).float()).square().mean((2, 3)).sqrt()
     assert (steps > 0).all() and steps.max() < half.max() / 3
 

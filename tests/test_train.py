@@ -220,7 +220,7 @@ def test_process_that_is_stopped_goes_on_as_if_it_had_not_been(data, tmp_path, n
     assert len(lines) >= 1 and lines[0].startswith("epoch 1/5000: ")  # not only once the pipe is full
     if number == signal.SIGINT:
         assert process.returncode == 130 and len(lines) in (done, done + 1)
-        assert f"holds epoch {done}. Go on with: python train.py " in lines[-1] and "--resume" in lines[-1]
+        assert f"holds epoch {done}. Go on: python train.py " in lines[-1] and "--resume" in lines[-1]
     train.train("cpu", out, resume=True, epochs=done + 1)
     train.train("cpu", straight, epochs=done + 1, batch_size=4, data=str(data))
     assert_same_run(out, straight)
@@ -353,7 +353,7 @@ def test_help_shows_every_default(cli):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """torch.cuda's streams and graphs acted by Python: while a step is recorded it does nothing, when replayed it does."""
+    """torch.cuda's streams and graphs, played by Python: a step that is recorded does nothing until it is replayed."""
     class Graph:
         def replay(self):
             self.recorded()
@@ -392,7 +392,7 @@ def test_recorded_steps_are_those_that_were_asked_for(recorder):
     play = train.replayed(step, optimizers)
     asked = [([i, i + 1], i % 8 == 0) for i in range(1, 30)]
     values = [play(torch.tensor(batch), penalise) for batch, penalise in asked]
-    assert taken == asked
+    assert taken == asked and not any(optimizer.param_groups[0]["capturable"] for optimizer in optimizers)
     assert [value.tolist() for value in values] == [[i] * 4 for i in range(1, 30)]  # and none changes afterwards
 
 
