@@ -92,7 +92,7 @@ def plot(log_path="out/losses.csv", out="out/losses.png"):
         axes.plot(x, smooth(log[column], max(1, len(x) // 50)), color=colour, linewidth=1.8, label=label)
         axes.axhline(level, color=colour if axes is losses else "0.3", linestyle=":", linewidth=1)
     losses.set_ylabel("loss (dotted: 2 ln 2, ln 2)")
-    losses.set_ylim(bottom=0)
+    losses.set_ylim(bottom=0 if min(log["g_loss"]) >= 0 else None)  # the saturating loss is below 0
     answers.set_ylabel("D says real (dotted: 0.5)")
     answers.set_ylim(0, 1)
     answers.set_xlabel("epoch" if several else "step")

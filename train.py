@@ -285,9 +285,9 @@ def main():
     try:
         train(**vars(args))
     except KeyboardInterrupt:
-        words = ["python", "train.py", "--resume", *(word for word in sys.argv[1:] if word != "--resume")]
+        again = shlex.join(["python", "train.py", "--resume", *(word for word in sys.argv[1:] if word != "--resume")])
         print("train.py: stopped; nothing is saved yet" if not checkpoint.exists() else "train.py: stopped; "
-              f"{checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on: {shlex.join(words)}", file=sys.stderr)
+              f"{checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on: {again}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
