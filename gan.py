@@ -51,7 +51,7 @@ class Generator(nn.Module):
             # digit for every z (Radford et al. 2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A bias just
             # before would be taken away with the mean; hence bias=False.
             nn.BatchNorm2d(128),
-            nn.ReLU(),  # DCGAN's choice. D's are leaky, for a reason given there; G gets its gradient through D's.
+            nn.ReLU(),  # DCGAN's choice. D's are leaky, for a reason given there.
             # A transposed convolution paints one small patch per input pixel, `stride` pixels apart, and adds them up:
             # upscaling that is learned. Channels fall as pixels grow: less of what is drawn, more of where.
             nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),      # (N, 64, 7, 7)
@@ -120,7 +120,7 @@ class Discriminator(nn.Module):
 
 def initialise(module):
     """Small weights, from N(0, 0.02²), for the convolutions (DCGAN, section 4): the first images are grey, where tanh
-    is steepest. PyTorch's own initialisation did a little worse. Batch norm keeps its own: scale 1, shift 0."""
+    is steepest. PyTorch's own initialisation did a little worse. Batch norm starts at scale 1; 0.02 would mute it."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
 
@@ -149,8 +149,8 @@ def gradient_penalty(real, real_logits):
 
     Left alone, D learns its 60,000 images ever better, and d_loss sinks: D is then certain on both sides of a cliff,
     and flat where the fakes are. The penalty makes steepness near the data cost something, so that D slopes gently
-    from fakes to real ones, and a slope is what G climbs. In a pair of runs of 8 epochs (with 0.1, a layer less in
-    D) it divided the Fréchet distance by three, and d_loss stayed near 1.3 in place of 0.5.
+    from fakes to real ones, and a slope is what G climbs. In a pair of runs of 8 epochs, of an earlier version
+    with 0.1 for 0.01, it divided the Fréchet distance by three, and d_loss stayed near 1.3 in place of 0.5.
     """
     # One backward pass for all: image i's part of the gradient of the sum is that of its own logit, but for what batch
     # norm carries from one image to another. create_graph, since the gradient is to be differentiated once more.
@@ -225,7 +225,7 @@ def update_average(average, generator, step):
 
     The two players hardly come to rest: G circles around what it seeks, and its latest weights are one point of the
     circle. Their mean lies nearer the middle (Yazici et al. 2018, arxiv.org/abs/1806.04498). The newest G counts
-    10 / (step + 9), all of it at step 1, less and less later: two thirds of the mean always come from the last tenth of
+    10 / (step + 9), all of it at step 1, less and less later: two thirds of the mean soon come from the last tenth of
     the steps so far. Batch norm's statistics are averaged, too. After 50 epochs it halved the Fréchet distance.
     """
     weight = 10 / (step + 9)

@@ -1,6 +1,6 @@
 """Draw the loss log of a run:  python plot_losses.py [--csv FILE] [--out FILE]
 
-Above the two losses, below what D answers for real images, D(x), and for fakes, D(G(z)). Dotted lines: a D that tosses
+Top: the two losses. Bottom: what D answers for real images, D(x), and for fakes, D(G(z)). Dotted lines: a D that tosses
 a coin, D(x) = D(G(z)) = ½, d_loss = −log ½ − log ½ = 2 ln 2, g_loss = −log ½ = ln 2. A log may still be growing.
 """
 import argparse

