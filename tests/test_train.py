@@ -25,6 +25,8 @@ from conftest import ROOT, complaint, contents
 from gan import PENALTY_EVERY
 from plot_losses import COLUMNS, begin_log, read_log
 
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+without_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
 STEPS = 25  # per epoch: 102 images in batches of 4
 SMALL = ["--batch-size", "4", "--device", "cpu"]
 
@@ -316,6 +318,9 @@ def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(cli, short, finishe
     ("--seed -1", "--seed"),
     ("--seed 9223372036854775808", "--seed"),
     ("--device tpu", "tpu"),
+    pytest.param("--device cuda", "--device cpu", marks=without_cuda),
+    pytest.param("--device cuda:0", "--device cpu", marks=without_cuda),
+    pytest.param("--device mps", "--device cpu", marks=without_mps),
     ("--out file/run", "file"),
     ("--out file", "file"),
     ("--data file", "file"),
