@@ -13,6 +13,9 @@ import torch
 
 from gan import Generator
 
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+without_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
+
 
 def blobs(count, seed=0):
     """uint8 images (count, 28, 28): two round spots of ink each, no two images alike."""

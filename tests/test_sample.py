@@ -10,12 +10,8 @@ import torch
 from PIL import Image
 
 import sample
-from conftest import ROOT, complaint, contents
+from conftest import ROOT, complaint, contents, without_cuda, without_mps
 from gan import Generator
-
-
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-without_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,10 @@ from tqdm import tqdm
 
 import sample
 import train
-from conftest import ROOT, complaint, contents
+from conftest import ROOT, complaint, contents, without_cuda, without_mps
 from gan import PENALTY_EVERY
 from plot_losses import COLUMNS, begin_log, read_log
 
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-without_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
 STEPS = 25  # per epoch: 102 images in batches of 4
 SMALL = ["--batch-size", "4", "--device", "cpu"]
 
