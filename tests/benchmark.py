@@ -248,8 +248,8 @@ def quality(checkpoint, data, count=10_000):
     reference = features(images[40_000:50_000])
     wrong = (network.head(reference).argmax(1) != labels[40_000:50_000]).float().mean()
     print(f"\nclassifier's errors on digits it was not shown: {100 * wrong:.2f} %")
-    for name, some in (("real digits", images[50_000:]),
-                       (str(checkpoint), generate(load_generator(checkpoint), count, seed=1))):
+    generated = generate(load_generator(checkpoint), count, seed=1)
+    for name, some in (("real digits", images[50_000:]), (str(checkpoint), generated)):
         seen = features(some)
         answers = network.head(seen).softmax(1)
         shares = answers.argmax(1).bincount(minlength=10) / len(some)
@@ -257,7 +257,7 @@ def quality(checkpoint, data, count=10_000):
               f"{100 * (answers.amax(1) > 0.95).float().mean():.1f} %\n    shares of 0 to 9, in %: "
               + ", ".join(f"{100 * share:.1f}" for share in shares))
     unseen = read_image_file(Path(data, "MNIST", "raw", "t10k-images-idx3-ubyte"))
-    for name, some in (("test digits", unseen), (str(checkpoint), generate(load_generator(checkpoint), 1000, seed=1))):
+    for name, some in (("test digits", unseen), (str(checkpoint), generated)):
         print(f"nearest training digit of 1,000 of {name}: median distance {nearest(some[:1000], images).median():.2f}")
 
 
