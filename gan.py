@@ -59,13 +59,13 @@ class Generator(nn.Module):
             nn.ReLU(),
             # Kernel 4 is a multiple of stride 2, so every pixel gets equally many patches. Kernel 3 or 5 this near
             # to the image shows as a checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),       # (N, 32, 14, 14)
-            nn.BatchNorm2d(32),
+            nn.ConvTranspose2d(64, 16, 4, stride=2, padding=1, bias=False),       # (N, 16, 14, 14)
+            nn.BatchNorm2d(16),
             nn.ReLU(),
             # No batch norm here: it would force every batch of images to the same mean and contrast. And the last
             # upscaling goes another way, four channels laid out as 2x2 pixels (Shi et al. 2016,
             # arxiv.org/abs/1609.05158): transposed convolution to one channel is slow on a CPU (6 % of a step).
-            nn.Conv2d(32, 4, 3, padding=1),                                       # (N, 4, 14, 14)
+            nn.Conv2d(16, 4, 3, padding=1),                                       # (N, 4, 14, 14)
             nn.PixelShuffle(2),                                                   # (N, 1, 28, 28)
             # tanh keeps to the range that real pixels are scaled to. Were fakes free to leave it, D could tell them by
             # that alone. Its flat ends suit MNIST: most pixels are paper (−1) or ink (1), hard to overshoot that way.
@@ -75,7 +75,7 @@ class Generator(nn.Module):
 
     def forward(self, z):
         choice = F.one_hot(z[:, :KINDS].argmax(1), KINDS)                         # (N, KINDS), a single 1 in each row
-        return self.layers(torch.cat([3 * choice, z[:, KINDS:]], dim=1))          # 3: at 2, G ignored the choice
+        return self.layers(torch.cat([4 * choice, z[:, KINDS:]], dim=1))          # 4: 2 was ignored, 5 cost variety
 
 
 class Discriminator(nn.Module):
@@ -93,15 +93,15 @@ class Discriminator(nn.Module):
             nn.Conv2d(1, 16, 4, stride=2, padding=1),                             # (N, 16, 14, 14)
             # G learns only through D. A ReLU that is off passes no gradient back; a leaky one passes 0.2 of it.
             nn.LeakyReLU(0.2),
-            nn.Conv2d(16, 64, 4, stride=2, padding=1, bias=False),                # (N, 64, 7, 7)
+            nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False),                # (N, 32, 7, 7)
             # Batch norm lets D compare an image with its batch: if all fakes look alike, that shows.
-            nn.BatchNorm2d(64),
+            nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
             # To judge digits and not just strokes, a unit must see a whole digit, some 20 pixels wide; the linear layer
             # sees it all, but only adds up. This layer shrinks nothing, but widens the view of the next one's units
             # from 18 of the 28 pixels to 26. At 7x7 it is cheap, and in a pair of runs of 8 epochs it took 40 % off the
             # Fréchet distance (of generated from real images: less is better; tests/benchmark.py measures it).
-            nn.Conv2d(64, 64, 3, padding=1, bias=False),                          # (N, 64, 7, 7)
+            nn.Conv2d(32, 64, 3, padding=1, bias=False),                          # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
             nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),               # (N, 128, 4, 4)
@@ -161,7 +161,7 @@ def gradient_penalty(real, real_logits):
 def make_optimizer(network, lr):
     """Adam for one of the two networks; each has its own, as each minimises its own loss.
 
-    lr: DCGAN found 0.001 too high and took 0.0002; networks as small as these stand it, and learn faster.
+    lr: DCGAN found 0.001 too high and took 0.0002; networks as small as these stand even more, and learn faster.
     beta1 = 0.5: Adam's usual 0.9 averages the gradients of some ten steps, but here the other player has moved since,
     and old gradients make the two chase each other in circles (DCGAN, section 4: oscillation). beta2 is Adam's own.
     """

@@ -26,7 +26,7 @@ from gan import PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_
 from plot_losses import begin_log, plot, write_whole
 from sample import generate, load_checkpoint, pick_device, save_grid
 
-DEFAULTS = {"epochs": 8, "batch_size": 64, "lr": 1e-3, "seed": 0, "data": "data", "latent_dim": 64}
+DEFAULTS = {"epochs": 8, "batch_size": 128, "lr": 1.5e-3, "seed": 0, "data": "data", "latent_dim": 64}
 LOG_EVERY = 20  # a row of losses.csv is the mean over this many steps, or over those left of the epoch
 
 # What MNIST is: four files, each with its MD5.

@@ -246,7 +246,7 @@ def test_folder_that_holds_a_run_is_refused(cli, data, short, name):
 
 
 @pytest.mark.parametrize("option, value, old", [
-    ("--batch-size", "8", "4"), ("--lr", "0.5", "0.001"), ("--seed", "77", "0"), ("--data", "elsewhere", "data")])
+    ("--batch-size", "8", "4"), ("--lr", "0.5", "0.0015"), ("--seed", "77", "0"), ("--data", "elsewhere", "data")])
 def test_contradiction_on_resume_names_both_values(cli, short, option, value, old):
     before = contents(short)
     line = complaint(*cli(train, "--resume", "--out", short, option, value))
@@ -255,7 +255,7 @@ def test_contradiction_on_resume_names_both_values(cli, short, option, value, ol
 
 
 def test_repeating_the_settings_on_resume_is_no_contradiction(cli, short, data):
-    assert cli(train, "--resume", "--out", short, "--lr", "1e-3", "--seed", 0, "--data", data, *SMALL)[0] == 0
+    assert cli(train, "--resume", "--out", short, "--lr", "1.5e-3", "--seed", 0, "--data", data, *SMALL)[0] == 0
 
 
 def test_fewer_epochs_than_there_are_already_are_refused(cli, finished, tmp_path):
@@ -349,7 +349,7 @@ def test_generator_alone_cannot_be_resumed(cli, short):
 def test_help_shows_every_default(cli):
     status, text, _ = cli(train, "--help")
     assert status == 0
-    for option, default in (("epochs", "8"), ("device", "auto"), ("batch-size", "64"), ("lr", "0.001"), ("seed", "0"),
+    for option, default in (("epochs", "8"), ("device", "auto"), ("batch-size", "128"), ("lr", "0.0015"), ("seed", "0"),
                             ("data", "data"), ("out", "out")):
         assert re.search(rf"--{option} [^-]*\(default:\s+{default}\b", text)
 
