@@ -75,7 +75,7 @@ class Generator(nn.Module):
 
     def forward(self, z):
         choice = F.one_hot(z[:, :KINDS].argmax(1), KINDS)                         # (N, KINDS), a single 1 in each row
-        return self.layers(torch.cat([4 * choice, z[:, KINDS:]], dim=1))          # 4: 2 was ignored, 5 cost variety
+        return self.layers(torch.cat([4 * choice, z[:, KINDS:]], dim=1))          # at 2 G ignores it; 5: less variety
 
 
 class Discriminator(nn.Module):
@@ -161,7 +161,7 @@ def gradient_penalty(real, real_logits):
 def make_optimizer(network, lr):
     """Adam for one of the two networks; each has its own, as each minimises its own loss.
 
-    lr: DCGAN found 0.001 too high and took 0.0002; networks as small as these stand even more, and learn faster.
+    lr: DCGAN found 0.001 too high and took 0.0002; networks as small as these stand 0.0015, and learn faster.
     beta1 = 0.5: Adam's usual 0.9 averages the gradients of some ten steps, but here the other player has moved since,
     and old gradients make the two chase each other in circles (DCGAN, section 4: oscillation). beta2 is Adam's own.
     """
