@@ -99,8 +99,8 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
             # To judge digits and not just strokes, a unit must see a whole digit, some 20 pixels wide; the linear layer
             # sees it all, but only adds up. This layer shrinks nothing, but widens the view of the next one's units
-            # from 18 of the 28 pixels to 26. At 7x7 it is cheap, and in a pair of runs of 8 epochs it halved the Fréchet
-            # distance (of generated from real images: less is better; tests/benchmark.py measures it).
+            # from 18 of the 28 pixels to 26. At 7x7 it is cheap, and in a pair of runs of 8 epochs it halved the
+            # Fréchet distance (of generated from real images: less is better; tests/benchmark.py measures it).
             nn.Conv2d(32, 64, 3, padding=1, bias=False),                          # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
