@@ -64,7 +64,7 @@ class Generator(nn.Module):
             nn.ReLU(),
             # No batch norm here: it would force every batch of images to the same mean and contrast. And the last
             # upscaling goes another way, four channels laid out as 2x2 pixels (Shi et al. 2016,
-            # arxiv.org/abs/1609.05158): transposed convolution to one channel is slow on a CPU (3 % of a step).
+            # arxiv.org/abs/1609.05158): transposed convolution to one channel made a step 3 % slower.
             nn.Conv2d(16, 4, 3, padding=1),                                       # (N, 4, 14, 14)
             nn.PixelShuffle(2),                                                   # (N, 1, 28, 28)
             # tanh keeps to the range that real pixels are scaled to. Were fakes free to leave it, D could tell them by
