@@ -1,249 +1,351 @@
-"""A generative adversarial network for 28x28 grey images, from scratch.
+"""A generative adversarial network (GAN) for 28x28 grey images, from scratch.
 
-The game (Goodfellow et al. 2014, arxiv.org/abs/1406.2661). Two networks play against each other:
+Two networks are trained against each other (Goodfellow et al. 2014, arxiv.org/abs/1406.2661):
 
-    the generator G turns noise z into an image G(z), and wants it to be taken for a real one;
-    the discriminator D looks at an image x and says how probable it is that x is real: D(x) in (0, 1).
+    The generator G turns random numbers z into an image G(z).
+    The discriminator D looks at an image x and outputs D(x), the probability that x is real.
 
-They fight over one number, the value of the game (equation 1):
+D is trained to tell real images from generated ones, which are called fakes. G is trained to make
+D take its fakes for real. Both networks work on the same number, the value function V (equation 1
+of the paper). D maximises it and G minimises it:
 
-    min over G, max over D of   V(D, G) = E[ log D(x) ] + E[ log(1 − D(G(z))) ]
-                                          x: real images    z: noise
+    min over G, max over D of   V(D, G) = E[ log D(x) ] + E[ log(1 - D(G(z))) ]
 
-Nobody tells G what a digit is. All that it learns comes through D, as the answer to one question: how should each
-pixel of this image change for you to find it more real? That answer is a gradient, which is why D must be a
-differentiable network, and why it must not run away: a D that is never in doubt has nothing to teach.
+The first E is the mean over real images x, the second is the mean over random z.
 
-The best D for a given G says p_data(x) / (p_data(x) + p_G(x)) (Proposition 1). Once G matches the data that is 1/2
-everywhere, and D can do no better than toss a coin (Theorem 1).
+Nobody tells G what a digit looks like. G learns only from the gradient that D sends back: in which
+direction should each pixel of this fake change, so that D finds it more real? Hence D has to be
+differentiable. And D must not become certain about every image: its output would then hardly depend
+on the pixels, and its gradient would carry almost no information.
 
-The file goes in the order of the game: G, D, what each minimises, one step of play, and the average of G over many
-steps, which is what gets sampled. Shapes stand at the ends of lines; N is the number of images in a batch.
+How does the game end? For a fixed G the best possible D is p_data(x) / (p_data(x) + p_G(x)), where
+p_data and p_G are the densities of real and of generated images (Proposition 1). If G matches the
+data perfectly, the two densities are equal, and the best D outputs 1/2 for every image (Theorem 1).
+
+Read this file from top to bottom: the latent vector z, Generator, Discriminator, the losses, one
+training step, the running average of G's weights, and how images are generated. A comment at the
+end of a line gives the shape of what that line makes. N is the number of images in the batch.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-KINDS = 10   # that G may choose from
-CHUNK = 100  # images that draw() has G make at a time
+N_CATEGORIES = 10     # as many as there are digits
+CATEGORY_SCALE = 4.0  # larger: the category has more influence on the image, the noise has less
+NOISE_DIM = 54
+LATENT_DIM = N_CATEGORIES + NOISE_DIM
+
+
+def sample_latent(count, device="cpu", random=None):
+    """Draw `count` latent vectors z: float, shape (count, LATENT_DIM).
+
+    The first N_CATEGORIES entries are a one-hot category, times CATEGORY_SCALE. The others are
+    noise from a standard normal distribution. `random` is a torch.Generator of that device.
+
+    Noise alone would be enough for a GAN, and most GANs have nothing else. But a network is a
+    continuous function: close z give similar images. That suits slant and stroke width. It does not
+    suit the ten digits, between which there is nothing: on the way from a 3 to a 0, G would draw
+    something that is neither (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). A category lets G
+    jump. No labels are used. During training, each category comes to stand for one digit or for a
+    few similar ones. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has the same latent
+    vector, and adds a loss of its own, which this program does without.
+    """
+    category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
+    one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
+    noise = torch.randn(count, NOISE_DIM, device=device, generator=random)              # (N, 54)
+    return torch.cat([CATEGORY_SCALE * one_hot, noise], dim=1)                          # (N, 64)
 
 
 class Generator(nn.Module):
-    """Noise z (N, latent_dim), drawn from a standard normal, to images (N, 1, 28, 28) in [-1, 1].
+    """Maps latent vectors z (N, LATENT_DIM) to images (N, 1, 28, 28) with values in [-1, 1].
 
-    Nothing says what the numbers of z mean; training finds a use for them. As the layers are continuous, nearby z give
-    images that look alike: good for slants and strokes, bad for digits, which come in kinds with nothing in between. On
-    the way from a 3 to a 0 G draws what is neither (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). So the first
-    KINDS numbers of z only make a choice: which of them is the largest? What the kinds are is for G to find out, and
-    without a single label it gives each to a digit or two. In a pair of runs of 8 epochs the share of images that a
-    classifier is not sure of fell by half.
-    """
+    It begins with a picture of 4x4 pixels that has many channels, and enlarges it three times. As
+    the pixels become more, the channels become fewer: from what is drawn to where it is drawn.
 
-    def __init__(self, latent_dim=64):
-        super().__init__()
-        self.latent_dim = latent_dim
-        self.layers = nn.Sequential(
-            # A tiny picture with many channels: which strokes there are, and roughly where.
-            nn.Linear(latent_dim, 128 * 4 * 4, bias=False),                       # (N, 2048)
-            nn.Unflatten(1, (128, 4, 4)),                                         # (N, 128, 4, 4)
-            # Batch norm brings each channel to mean 0, variance 1 over batch and pixels, then applies a learned scale
-            # and shift. Without it an early layer can shrink all noise to nearly the same activations, and G draws one
-            # digit for every z (Radford et al. 2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A bias just
-            # before would be taken away with the mean; hence bias=False.
-            nn.BatchNorm2d(128),
-            nn.ReLU(),  # DCGAN's choice. D's are leaky, for a reason given there.
-            # A transposed convolution paints one small patch per input pixel, `stride` pixels apart, and adds them up:
-            # upscaling that is learned. Channels fall as pixels grow: less of what is drawn, more of where.
-            nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),      # (N, 64, 7, 7)
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            # Kernel 4 is a multiple of stride 2, so every pixel gets equally many patches. Kernel 3 or 5 this near
-            # to the image shows as a checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
-            nn.ConvTranspose2d(64, 16, 4, stride=2, padding=1, bias=False),       # (N, 16, 14, 14)
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            # No batch norm here: it would force every batch of images to the same mean and contrast. And the last
-            # upscaling goes another way, four channels laid out as 2x2 pixels (Shi et al. 2016,
-            # arxiv.org/abs/1609.05158): transposed convolution to one channel made a step 3 % slower.
-            nn.Conv2d(16, 4, 3, padding=1),                                       # (N, 4, 14, 14)
-            nn.PixelShuffle(2),                                                   # (N, 1, 28, 28)
-            # tanh keeps to the range that real pixels are scaled to. Were fakes free to leave it, D could tell them by
-            # that alone. Its flat ends suit MNIST: most pixels are paper (−1) or ink (1), hard to overshoot that way.
-            nn.Tanh(),
-        )
-        self.apply(initialise)
+    ConvTranspose2d is an upscaling that is learned. Each input pixel is multiplied by a kernel, and
+    the products are added to the output, `stride` pixels apart. In the last two layers the kernel
+    size 4 is a multiple of the stride, so every output pixel receives equally many products. With
+    size 3 or 5 a checkerboard would show in the image (Odena et al. 2016,
+    distill.pub/2016/deconv-checkerboard). The first layer needs size 3 to get from 4 pixels to 7.
 
-    def forward(self, z):
-        choice = F.one_hot(z[:, :KINDS].argmax(1), KINDS)                         # (N, KINDS), a single 1 in each row
-        return self.layers(torch.cat([4 * choice, z[:, KINDS:]], dim=1))          # at 2 G ignores it; 5: less variety
+    BatchNorm2d brings each channel to mean 0 and variance 1 over the batch and its pixels, and then
+    applies a learned scale and shift. Without it, the early layers may turn all z into nearly the
+    same activations, and G draws one image for every z (Radford et al. 2015, the DCGAN paper,
+    arxiv.org/abs/1511.06434, section 3). The layer before it has no bias, because subtracting the
+    mean would cancel it. The last layer has no batch norm: it would force the same brightness and
+    contrast on every batch of images.
 
+    ReLU is DCGAN's choice for G. The discriminator has LeakyReLU for a reason that is given there.
 
-class Discriminator(nn.Module):
-    """Images (N, 1, 28, 28) in [-1, 1] to one logit each (N,); sigmoid(logit) is D(x).
-
-    Logits, not probabilities: in float32 a sigmoid rounds to exactly 1 from a logit of 17 on, and log(1 − D) is
-    infinite there. The losses below work on the logit itself and never meet that 1.
+    Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
+    leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
+    white (1). Tanh is flat near these values, so they are easy to hit. A sigmoid, with images in
+    [0, 1], would do the same. But then nearly all input to D would be 0 or positive, and a network
+    learns faster from input that is spread around 0.
     """
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            # The generator backwards. Strides shrink the picture, not pooling: max pooling would pass G's gradient to
-            # one pixel in four. No batch norm on the input, so that D sees the true range of values (DCGAN, section 3).
-            nn.Conv2d(1, 16, 4, stride=2, padding=1),                             # (N, 16, 14, 14)
-            # G learns only through D. A ReLU that is off passes no gradient back; a leaky one passes 0.2 of it.
+            nn.Linear(LATENT_DIM, 128 * 4 * 4, bias=False),                   # (N, 2048)
+            nn.Unflatten(1, (128, 4, 4)),                                     # (N, 128, 4, 4)
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+
+            nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),  # (N, 64, 7, 7)
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+
+            nn.ConvTranspose2d(64, 16, 4, stride=2, padding=1, bias=False),   # (N, 16, 14, 14)
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+
+            nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1),                # (N, 1, 28, 28)
+            nn.Tanh(),
+        )
+        self.apply(init_weights)
+
+    def forward(self, z):
+        return self.layers(z)
+
+
+class Discriminator(nn.Module):
+    """Maps images (N, 1, 28, 28) in [-1, 1] to one logit each (N,). D(x) is sigmoid(logit).
+
+    The network ends in a logit and not in a probability, because in float32 a sigmoid rounds to
+    exactly 1 from a logit of 17 on. Then log(1 - D) would be minus infinity. The losses below are
+    computed from the logit itself, and stay finite.
+
+    Strided convolutions make the picture smaller. Max pooling would do that, too, but it passes the
+    gradient on to one pixel in four. G learns from that gradient, and needs it at every pixel.
+
+    LeakyReLU(0.2) passes on a fifth of the gradient where its input is negative. A ReLU would pass
+    on nothing there, and G would learn nothing through that unit.
+
+    BatchNorm2d makes the output for an image depend on the other images of its batch. If all fakes
+    look alike, D can see that. The first layer has none, so that D sees the true pixel values
+    (DCGAN, section 3).
+
+    The convolution with stride 1 widens the view: a unit of the layer after it sees 26x26 pixels of
+    the image, enough for a whole digit. Without that convolution it would see only 18x18 pixels.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 4, stride=2, padding=1),                         # (N, 16, 14, 14)
             nn.LeakyReLU(0.2),
-            nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False),                # (N, 32, 7, 7)
-            # Batch norm lets D compare an image with its batch: if all fakes look alike, that shows.
+
+            nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False),            # (N, 32, 7, 7)
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
-            # To judge digits and not just strokes, a unit must see a whole digit, some 20 pixels wide; the linear layer
-            # sees it all, but only adds up. This layer shrinks nothing, but widens the view of the next one's units
-            # from 18 of the 28 pixels to 26. At 7x7 it is cheap, and in a pair of runs of 8 epochs it halved the
-            # Fréchet distance (of generated from real images: less is better; tests/benchmark.py measures it).
-            nn.Conv2d(32, 64, 3, padding=1, bias=False),                          # (N, 64, 7, 7)
+
+            nn.Conv2d(32, 64, 3, padding=1, bias=False),                      # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),               # (N, 128, 4, 4)
+
+            nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),           # (N, 128, 4, 4)
             nn.BatchNorm2d(128),
             nn.LeakyReLU(0.2),
-            nn.Flatten(),                                                         # (N, 2048)
-            nn.Linear(128 * 4 * 4, 1),                                            # (N, 1)
-            nn.Flatten(0),                                                        # (N,)
+
+            nn.Flatten(),                                                     # (N, 2048)
+            nn.Linear(128 * 4 * 4, 1),                                        # (N, 1)
+            nn.Flatten(0),                                                    # (N,)
         )
-        self.apply(initialise)
-        nn.init.normal_(self.layers[-2].weight, 0, 0.002)  # no opinion yet: the game starts at D(x) near 1/2
+        self.apply(init_weights)
 
     def forward(self, images):
-        return self.layers(images).float()  # where the layers compute in bfloat16, the losses still do not
+        return self.layers(images).float()  # float32, even where the layers compute in bfloat16
 
 
-def initialise(module):
-    """Small weights, from N(0, 0.02²), for the convolutions (DCGAN, section 4): the first images are grey, where tanh
-    is steepest. PyTorch's own initialisation did a little worse. Batch norm starts at scale 1; 0.02 would mute it."""
+def init_weights(module):
+    """Initialise convolutions with normal numbers of standard deviation 0.02 (DCGAN, section 4).
+
+    This matters for the layers without batch norm after them. The first fakes are then close to 0,
+    a mid-grey, where tanh is steepest and G learns fastest.
+    """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0, 0.02)
+        nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """−V(D, G), which D minimises: −log D(x) − log(1 − D(G(z))), each a mean over its batch. Logits (N,) to scalar.
+    """The loss of D, which is -V(D, G): -log D(x) - log(1 - D(G(z))), each a mean over the batch.
 
-    This is binary cross-entropy with label 1 for real and 0 for fake. A coin-tossing D scores 2 ln 2 = 1.386.
+    Logits (N,) and (N,) to a scalar. Both terms are binary cross-entropy (BCE): with the label 1
+    for real images and the label 0 for fakes. A D that outputs 0.5 for every image has the loss
+    -log 0.5 - log 0.5 = 2 ln 2 = 1.386.
     """
-    return (F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
-            + F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits)))
+    real_labels = torch.ones_like(real_logits)
+    fake_labels = torch.zeros_like(fake_logits)
+    real_loss = F.binary_cross_entropy_with_logits(real_logits, real_labels)
+    fake_loss = F.binary_cross_entropy_with_logits(fake_logits, fake_labels)
+    return real_loss + fake_loss
 
 
 def generator_loss(fake_logits):
-    """−log D(G(z)), averaged, which G minimises in place of equation 1's log(1 − D(G(z))). Logits (N,) to a scalar.
+    """The non-saturating loss of G: -log D(G(z)), a mean over the batch. Logits (N,) to a scalar.
 
-    Both push D(G(z)) up. But the gradient of log(1 − D) with respect to the logit is −D: it vanishes where D sees
-    through the fake, as it soon does while G is still bad. That of −log D is −(1 − D), near −1 there (Goodfellow et
-    al., section 3, last paragraph; "non-saturating" is its later name). As code: cross-entropy with the label of real.
+    Equation 1 would have G minimise log(1 - D(G(z))). Both losses push D(G(z)) up, but not equally
+    hard. The gradient of log(1 - D) with respect to the logit is -D. It vanishes, or "saturates",
+    where D is certain that the image is a fake, and early in training D nearly always is. The
+    gradient of -log D is -(1 - D), which is close to -1 in the same place (Goodfellow et al.,
+    section 3, last paragraph).
+
+    As code, it is binary cross-entropy with the label of real images, although these are fakes: G
+    wants D to call them real.
     """
-    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+    real_labels = torch.ones_like(fake_logits)
+    return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
-def gradient_penalty(real, real_logits):
-    """R1 (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4.1): 0.01 / 2 · E[ |∇ logit(x)|² ], x real.
+R1_GAMMA = 0.01   # how much the penalty counts
+R1_INTERVAL = 16  # steps from one penalty to the next
 
-    Left alone, D learns its 60,000 images ever better, and d_loss sinks: D is then certain on both sides of a cliff,
-    and flat where the fakes are. The penalty makes steepness near the data cost something, so that D slopes gently
-    from fakes to real ones, and a slope is what G climbs. In a pair of runs of 8 epochs, of an earlier version
-    with 0.1 for 0.01, it divided the Fréchet distance by three, and d_loss stayed near 1.3 in place of 0.5.
+
+def r1_penalty(discriminator, real):
+    """The R1 gradient penalty: R1_GAMMA / 2 * E[ |gradient of D's logit at x|^2 ], x real images.
+
+    Images (N, 1, 28, 28) to a scalar (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4).
+
+    Without it, D learns its 60,000 images better and better by heart. Its output becomes a cliff:
+    high on one side, low on the other, and flat where the fakes are, so that G has no slope to
+    follow. The penalty makes a steep D expensive near the real images, and D stays smooth.
     """
-    # One backward pass for all: image i's part of the gradient of the sum is that of its own logit, but for what batch
-    # norm carries from one image to another. create_graph, since the gradient is to be differentiated once more.
-    gradient, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)   # (N, 1, 28, 28)
-    return 0.01 / 2 * gradient.square().sum(dim=(1, 2, 3)).mean()
+    real = real.detach().requires_grad_()
+    logits = discriminator(real)
+    # The gradient of the sum holds the gradient of each logit with respect to its own image (apart
+    # from what batch norm carries from one image to another). create_graph makes that gradient
+    # differentiable, since D's update has to differentiate the penalty once more.
+    gradient, = torch.autograd.grad(logits.sum(), real, create_graph=True)    # (N, 1, 28, 28)
+    squared_norm = gradient.square().sum(dim=(1, 2, 3))                       # (N,)
+    return R1_GAMMA / 2 * squared_norm.mean()
 
 
 def make_optimizer(network, lr):
-    """Adam for one of the two networks; each has its own, as each minimises its own loss.
+    """Adam for one network. G and D need one each, because each minimises a loss of its own.
 
-    lr: DCGAN found 0.001 too high and took 0.0002; networks as small as these stand 0.0015, and learn faster.
-    beta1 = 0.5: Adam's usual 0.9 averages the gradients of some ten steps, but here the other player has moved since,
-    and old gradients make the two chase each other in circles (DCGAN, section 4: oscillation). beta2 is Adam's own.
+    beta1 is 0.5. Adam's usual 0.9 averages the gradients of about ten steps. In a GAN the other
+    network has changed since then, and with outdated gradients the two begin to oscillate (DCGAN,
+    section 4).
     """
-    return torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
 
-def precision(device):
-    """A context in which the networks compute in bfloat16 where the device is fast at it, in float32 elsewhere.
+def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, with_r1=False):
+    """One training step on a batch of real images: an update of D, then one of G (Algorithm 1).
 
-    Weights, gradients and losses stay float32. No cache: it could carry D's old weights over into G's turn.
+    real: images (N, 1, 28, 28) in [-1, 1].
+    with_r1: add the R1 penalty to D's loss. Once in R1_INTERVAL steps is enough.
+
+    Returns a tensor (4,): d_loss, g_loss, mean D(x), mean D(G(z)). d_loss is without the penalty.
+    g_loss comes from after D's update, the others from before it.
     """
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
-
-
-# In every 16th step, with 16 times the weight, the penalty pulls as hard for a 16th of the time (Karras et al. 2020,
-# arxiv.org/abs/1912.04958, section 3.1, "lazy regularization").
-PENALTY_EVERY = 16
-
-
-def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, penalise=False):
-    """One step of the game on real images (N, 1, 28, 28): D's update, then G's (Algorithm 1, with k = 1).
-
-    `penalise` adds the gradient penalty to D's update, to be done in one step out of PENALTY_EVERY.
-
-    Returns four scalar tensors for the log: d_loss (without the penalty), g_loss, mean D(x), mean D(G(z)). All are from
-    before D's update, save g_loss, which comes after it.
-    """
-    z = torch.randn(len(real), generator.latent_dim, device=real.device)
-    fake = generator(z)                                                           # (N, 1, 28, 28)
-
-    # D's turn. detach() cuts the fakes off from G: to D they are mere images. Without it backward() would run on
-    # through G, for gradients that nobody uses, and free the graph of `fake`, which G's turn still needs: PyTorch then
-    # complains of a second backward through the same graph. Real and fake go through apart, not as one shuffled batch:
-    # batch norm would take its statistics from both, and G's turn, all fakes, would show D batches of another kind.
-    real = real.detach().requires_grad_(penalise)  # for the penalty's gradient by the pixels
-    real_logits, fake_logits = discriminator(real), discriminator(fake.detach())  # (N,), (N,)
+    # The discriminator's update. detach() cuts the fakes off from G: this loss is D's own, and its
+    # gradient must stop at the pixels. Otherwise backward() would run on through G and free the
+    # graph that G's update still needs ("Trying to backward through the graph a second time").
+    # Real and fake images are separate batches. Batch norm would otherwise take its statistics from
+    # a mixture, but in G's update, where all images are fakes, from fakes alone.
+    z = sample_latent(len(real), device=real.device)                          # (N, LATENT_DIM)
+    fake = generator(z)                                                       # (N, 1, 28, 28)
+    real_logits = discriminator(real)                                         # (N,)
+    fake_logits = discriminator(fake.detach())                                # (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
-    penalty = PENALTY_EVERY * gradient_penalty(real, real_logits) if penalise else 0
+    penalty = 0.0
+    if with_r1:
+        # The penalty comes once in R1_INTERVAL steps, with R1_INTERVAL times its weight: the same
+        # effect at a fraction of the time (Karras et al. 2020, arxiv.org/abs/1912.04958, section
+        # 3.1, "lazy regularization").
+        penalty = R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     (d_loss + penalty).backward()
     d_optimizer.step()
 
-    # G's turn, with the same fakes (Algorithm 1 draws new ones): G has not changed. D has, and is asked anew. The
-    # gradient goes through D into G. D's weights stand still anyway; freezing them saves computing their gradients.
-    discriminator.requires_grad_(False)
+    # The generator's update. G has not changed, so the same fakes serve again. D has changed, so it
+    # judges them anew. The gradient runs through D back into G. `inputs` keeps it away from D's
+    # weights: nobody would use it there, and it would add up until D's next update.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
-    g_loss.backward()
+    g_loss.backward(inputs=list(generator.parameters()))
     g_optimizer.step()
-    discriminator.requires_grad_(True)
 
-    with torch.no_grad():
-        return d_loss.detach(), g_loss.detach(), real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+    d_real = real_logits.sigmoid().mean()
+    d_fake = fake_logits.sigmoid().mean()
+    return torch.stack([d_loss, g_loss, d_real, d_fake]).detach()
 
 
 @torch.no_grad()
 def update_average(average, generator, step):
-    """Move `average`, a copy of the generator, towards it after the step numbered `step` (from 1).
+    """Update `average`, the running average of the generator's weights, after step 1, 2, 3, ...
 
-    The two players hardly come to rest: G circles around what it seeks, and its latest weights are one point of the
-    circle. Their mean lies nearer the middle (Yazici et al. 2018, arxiv.org/abs/1806.04498). The newest G counts
-    10 / (step + 9), all of it at step 1, less and less later: two thirds of the mean soon come from the last tenth of
-    the steps so far. Batch norm's statistics are averaged, too. After 50 epochs it halved the Fréchet distance.
+    The two networks do not come to rest: training moves G around a good solution, and the weights
+    of any one step are one point of that orbit. Their average lies nearer to its centre (Yazici et
+    al. 2018, arxiv.org/abs/1806.04498). Samples come from the average. Training never uses it.
+
+    The newest weights count 10 / (step + 9): wholly at step 1, and less with every step. Two thirds
+    of the average come from the last tenth of all steps. This is called polynomial-decay averaging.
+    The exponential moving average (EMA) of other programs has a fixed span instead, which would
+    have to be chosen to fit the length of the training.
+
+    Batch norm's running statistics are averaged as well. They have to fit the weights.
     """
     weight = 10 / (step + 9)
-    for mean, latest in zip(average.state_dict().values(), generator.state_dict().values()):
-        if mean.is_floating_point():  # batch norm also counts its batches
-            mean.lerp_(latest, weight)
+    newest = generator.state_dict()
+    for name, mean in average.state_dict().items():
+        if mean.is_floating_point():  # all but batch norm's count of batches
+            mean.lerp_(newest[name], weight)
 
 
 @torch.no_grad()
-def draw(generator, z):
-    """G(z) as uint8 (len(z), 28, 28), paper 0 to ink 255.
+def generate(generator, z):
+    """Generate one image for each z: uint8 (N, 28, 28), from 0 (background) to 255 (stroke).
 
-    In eval mode: batch norm then uses the means of its training. In train mode it would use those of this batch, and
-    each digit would change with its neighbours. All batches have one size, as on another one rounding may differ.
+    Batch norm is in evaluation mode: it uses the running mean and variance from training. In
+    training mode it would use those of this batch, and each digit would depend on the other ones.
     """
-    was_training, device = generator.training, next(generator.parameters()).device
+    was_training = generator.training
+    device = next(generator.parameters()).device
     generator.eval()
-    chunks = F.pad(z, (0, 0, 0, -len(z) % CHUNK)).to(device).split(CHUNK)
-    images = [(generator(chunk).float() * 127.5 + 127.5).round().to("cpu", torch.uint8) for chunk in chunks]
+    images = generator(z.to(device))                                          # (N, 1, 28, 28)
     generator.train(was_training)
-    return torch.cat(images)[:len(z), 0]
+    pixels = (images + 1) * 127.5                                             # [-1, 1] to [0, 255]
+    return pixels.round().to("cpu", torch.uint8).squeeze(1)                   # (N, 28, 28)
+
+
+# The rest is not about GANs. It is what train.py and sample.py share.
+
+
+def pick_device(name):
+    """The torch.device with a name such as 'cpu', 'cuda', 'cuda:1' or 'mps'. ValueError if absent.
+
+    'auto' is the first of CUDA, MPS and the CPU that this machine has.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError):  # an unknown name, or a device that is absent
+        raise ValueError(f"--device {name}: PyTorch finds no such device here; "
+                         "try --device cpu") from None
+    return torch.device(name)
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved at `path`, with its tensors on the CPU.
+
+    Raises OSError if the file cannot be read, and ValueError if it is not such a checkpoint.
+    """
+    try:
+        # weights_only: a pickled file may hold any code, and loading it would run that code.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # torch.load raises nearly every kind of error, depending on the damage
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or "average" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of this program, or it is damaged")
+    return checkpoint

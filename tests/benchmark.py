@@ -1,284 +1,299 @@
-"""Speed of training and quality of the digits, measured:  python tests/benchmark.py [--device D] [--data DIR] ...
+"""Measure what the README states. This is no test: it asserts nothing, and its figures vary.
 
-No test, and nothing is asserted: figures differ from machine to machine, and noise is part of them. Run it with
-nothing else beside it.
+    python tests/benchmark.py speed                     a training step, with and without each trick
+    python tests/benchmark.py quality FILE ...          score checkpoints
+    python tests/benchmark.py experiments [NAME ...]    edit, train, sample and score
+
+Run it with nothing else beside it. --help explains the options.
 """
 import argparse
-import resource
+import contextlib
+import copy
+import os
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets import MNIST
 
 import gan
-from sample import SHIPPED, generate, load_generator, pick_device
-from train import DEFAULTS, fetch_mnist, load_images, replayed
+import train
+from sample import load_generator, sample_digits
 
+CACHE = Path(tempfile.gettempdir()) / "gan_benchmark_classifier.pt"
 
-def seconds(work, device, least=0.5):
-    """Seconds that work() takes: repeated for at least `least` seconds, after a first time that does not count."""
-    work()
-    finish(device)
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < least:
-        work()
-        finish(device)
-        count += 1
-    return (time.perf_counter() - began) / count
+# Each experiment is a list of edits: a file, a text that stands there once, and what replaces it.
+EXPERIMENTS = {
+    "as it is": [],
+    "no R1 penalty": [
+        ("train.py", "with_r1=step % R1_INTERVAL == 0", "with_r1=False"),
+    ],
+    "no running average": [
+        ("train.py", "            update_average(average, generator, step)\n",
+         "            average.load_state_dict(generator.state_dict())\n"),
+    ],
+    "no category": [
+        ("gan.py", "N_CATEGORIES = 10 ", "N_CATEGORIES = 1 "),
+        ("gan.py", "NOISE_DIM = 54", "NOISE_DIM = 63"),
+    ],
+}
 
 
 def finish(device):
+    """Wait until the device has done all that it was asked to do."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
 
-class Flops(TorchDispatchMode):
-    """Adds up the arithmetic of convolutions and matrix products, by PyTorch's own formulas, while it is entered."""
+class Training:
+    """The networks of a training, and its step, with one thing done differently."""
 
-    total = 0
+    def __init__(self, device, images, bfloat16=True, r1_interval=gan.R1_INTERVAL):
+        self.device = device
+        self.images = images
+        self.bfloat16 = bfloat16
+        self.r1_interval = r1_interval
+        self.generator = gan.Generator().to(device)
+        self.discriminator = gan.Discriminator().to(device)
+        self.average = copy.deepcopy(self.generator)
+        self.g_optimizer = gan.make_optimizer(self.generator, train.LEARNING_RATE)
+        self.d_optimizer = gan.make_optimizer(self.discriminator, train.LEARNING_RATE)
 
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        result = operation(*arguments, **(options or {}))
-        if operation._overloadpacket in flop_registry:
-            self.total += flop_registry[operation._overloadpacket](*arguments, **(options or {}), out_val=result)
-        return result
-
-
-class Game:
-    """Both networks and one step of training: as train.py has it, or `plain`: float32, no channels last, no graphs."""
-
-    def __init__(self, images, plain=False):
-        layout = torch.contiguous_format if plain else torch.channels_last
-        self.images, self.device, self.plain, self.count = images, images.device, plain, 0
-        self.generator = gan.Generator(DEFAULTS["latent_dim"]).to(self.device, memory_format=layout)
-        self.discriminator = gan.Discriminator().to(self.device, memory_format=layout)
-        self.average = gan.Generator(DEFAULTS["latent_dim"]).to(self.device, memory_format=layout)
-        self.g_optimizer, self.d_optimizer = (
-            gan.make_optimizer(network, DEFAULTS["lr"]) for network in (self.generator, self.discriminator))
-        self.number = torch.zeros((), device=self.device)
-        self.play = self.step if plain or self.device.type != "cuda" else (
-            replayed(self.step, (self.g_optimizer, self.d_optimizer)))
-
-    def precision(self):
-        return torch.autocast(self.device.type, enabled=False) if self.plain else gan.precision(self.device)
-
-    def step(self, batch, penalise):
-        real = self.images[batch].float() / 127.5 - 1
-        with self.precision():
-            values = gan.adversarial_step(self.generator, self.discriminator, self.g_optimizer, self.d_optimizer, real,
-                                          penalise=penalise)
-        gan.update_average(self.average, self.generator, self.number.add_(1))
-        return torch.stack(values)
-
-    def cycle(self, play=None):
-        """PENALTY_EVERY steps, one of them with the penalty."""
-        for batch in torch.randint(len(self.images), (gan.PENALTY_EVERY, DEFAULTS["batch_size"]), device=self.device):
-            self.count += 1
-            (play or self.play)(batch, self.count % gan.PENALTY_EVERY == 0)
+    def run(self, steps):
+        for step in range(1, steps + 1):
+            batch = torch.randint(len(self.images), (train.BATCH_SIZE,), device=self.device)
+            real = self.images[batch].float() / 127.5 - 1
+            context = contextlib.nullcontext()
+            if self.bfloat16:
+                context = train.precision(self.device)
+            with context:
+                gan.adversarial_step(self.generator, self.discriminator, self.g_optimizer,
+                                     self.d_optimizer, real, with_r1=step % self.r1_interval == 0)
+            gan.update_average(self.average, self.generator, step)
 
 
-def speed(device, data, rounds=9):
-    """Print what a step of training takes and what it could take at best."""
-    began = time.perf_counter()
-    images = load_images(data).to(device)
-    (images[torch.randperm(len(images), device=device)[:DEFAULTS["batch_size"]]].float() / 127.5 - 1).sum().item()
-    loading = time.perf_counter() - began
-    per_cycle = gan.PENALTY_EVERY * DEFAULTS["batch_size"]
-    games = {"as train.py does it": Game(images), "plain float32 loop": Game(images, plain=True)}
-    times = {name: [] for name in games}
-    for _ in range(rounds):  # in turns, so that what disturbs one disturbs the other
-        for name, game in games.items():
-            times[name].append(seconds(game.cycle, device))
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        print(f"{name:36s} {per_cycle / middle:9.0f} images/s   {1000 * middle / gan.PENALTY_EVERY:7.2f} ms a step "
-              f"(median of {rounds}; {per_cycle / max(taken):.0f} to {per_cycle / min(taken):.0f} images/s)")
-    taken, plain = (statistics.median(times[name]) / gan.PENALTY_EVERY for name in games)
-    print(f"{'ratio of the two':36s} {plain / taken:9.2f}")
-
-    # The step as it is, no graph: each optimizer tells when its update is done.
-    game, marks = Game(images), []
-    for optimizer in (game.d_optimizer, game.g_optimizer):
-        optimizer.register_step_post_hook(lambda *_: (finish(device), marks.append(time.perf_counter())))
-    game.cycle(game.step)
-    shares = []
+def measure_speed(device, rounds):
+    """Print images per second of train.py's step, and of variants, all measured in turns."""
+    images = train.load_images().to(device)
+    trainings = {
+        "as train.py does it": Training(device, images),
+        "float32 in place of bfloat16": Training(device, images, bfloat16=False),
+        "R1 penalty in every step": Training(device, images, r1_interval=1),
+        "no R1 penalty": Training(device, images, r1_interval=10**9),
+    }
+    seconds = {name: [] for name in trainings}
+    for training in trainings.values():
+        training.run(gan.R1_INTERVAL)
     for _ in range(rounds):
-        for batch in torch.randint(len(images), (gan.PENALTY_EVERY, DEFAULTS["batch_size"]), device=device):
+        for name, training in trainings.items():
             finish(device)
-            marks[:] = [time.perf_counter()]
-            game.step(batch, False)
+            started = time.perf_counter()
+            training.run(gan.R1_INTERVAL)
             finish(device)
-            marks.append(time.perf_counter())
-            shares.append([after - before for before, after in zip(marks, marks[1:])])
-    d_time, g_time, rest = (1000 * statistics.median(part) for part in zip(*shares))
-    print(f"{'a step without penalty or graph':36s} G(z) and D update {d_time:.2f} ms, G update {g_time:.2f} ms, "
-          f"average and log {rest:.2f} ms")
-
-    with Flops() as counter:
-        game.cycle(game.step)
-    flops = counter.total / gan.PENALTY_EVERY
-    size = 8192 if device.type == "cuda" else 2048
-    with gan.precision(device):
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-    square = torch.randn(size, size, device=device, dtype=dtype)
-    peak = 2 * size**3 / statistics.median(seconds(lambda: square @ square, device) for _ in range(5))
-    print(f"{'arithmetic':36s} {flops / 1e9:.2f} GFLOP a step, {flops / taken / 1e9:.0f} GFLOP/s; matrix product of "
-          f"{size}x{size}, {dtype}: {peak / 1e9:.0f} GFLOP/s; the step reaches {100 * flops / taken / peak:.0f} %")
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
-        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    print(f"{'memory, at most':36s} {memory / 2**20:9.0f} MiB")
-    print(f"{'data to the first batch':36s} {loading:9.2f} s")
-    layers(game, device, peak, 1000 * taken)
-
-
-def layers(game, device, peak, step_time):
-    """Print each layer's arithmetic rate alone: forward, gradient by its input, gradient by its weights."""
-    print(f"\n{'layer, output':45s} {'MFLOP':>6s}  {'forward':>15s}  {'by input':>15s}  {'by weights':>15s}")
-    total = 0
-    real = game.images[:DEFAULTS["batch_size"]].float() / 127.5 - 1
-    z = torch.randn(len(real), game.generator.latent_dim, device=device)
-    # How often a step without penalty runs each: G once forward and back; D on real, on fake and once more for G.
-    for network, value, uses in ((game.generator, z, (1, 1, 1)), (game.discriminator, real, (3, 3, 2))):
-        for layer in network.layers:
-            with gan.precision(device):
-                with torch.no_grad():
-                    output = layer(value)
-                if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                    asked = value.detach().requires_grad_()
-                    with Flops() as counter:
-                        result = layer(asked)
-                    mflop = counter.total / 1e6
-                    works = (lambda: layer(value.detach()), *(
-                        lambda part=part: torch.autograd.grad(result, part, torch.ones_like(result), retain_graph=True)
-                        for part in (asked, layer.weight)))
-                    taken = [1000 * seconds(work, device, 0.2) for work in works]
-                    total += sum(use * time for use, time in zip(uses, taken))
-                    name = f"{type(network).__name__[0]} {type(layer).__name__} {tuple(output.shape[1:])}"
-                    print(f"{name:45s} {mflop:6.0f}" + "".join(
-                        f"  {time:5.2f} ms {100 * mflop * 1e9 / time / peak:4.0f} %" for time in taken))
-            value = output
-    print(f"{'all, as often as a step needs':45s} {total:.1f} of the step's {step_time:.1f} ms; the rest: batch "
-          "norm, activations, optimizers, penalty, Python")
+            seconds[name].append(time.perf_counter() - started)
+    first = seconds["as train.py does it"]
+    for name, taken in seconds.items():
+        speed = gan.R1_INTERVAL * train.BATCH_SIZE / statistics.median(taken)
+        ratio = statistics.median(one / other for one, other in zip(first, taken))
+        print(f"{name:30s} {speed:6.0f} images/s, {ratio:5.2f} times the speed of the first line")
+    print(f"medians of {rounds} rounds")
 
 
 class Classifier(nn.Module):
-    """Digits (N, 1, 28, 28) in [-1, 1] to 10 logits; features() are the 64 numbers before the last layer."""
+    """Digits (N, 1, 28, 28) in [-1, 1] to logits (N, 10). features() come before the last layer."""
 
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),           # (N, 32, 14, 14)
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),          # (N, 64, 7, 7)
-            nn.Flatten(), nn.Linear(64 * 7 * 7, 64), nn.ReLU())                   # (N, 64)
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),   # (N, 32, 14, 14)
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (N, 64, 7, 7)
+            nn.Flatten(),                                                 # (N, 3136)
+            nn.Linear(64 * 7 * 7, 64), nn.ReLU(),                         # (N, 64)
+        )
         self.head = nn.Linear(64, 10)
 
     def forward(self, images):
         return self.head(self.features(images))
 
 
-def mnist(data):
-    """MNIST's 60,000 training images (N, 28, 28) and labels (N,), uint8; fetched where they are missing."""
-    raw = Path(data, "MNIST", "raw")
-    if not all((raw / f"train-{kind}-ubyte").exists() for kind in ("images-idx3", "labels-idx1")):
-        fetch_mnist(data)
-    return read_image_file(raw / "train-images-idx3-ubyte"), read_label_file(raw / "train-labels-idx1-ubyte")
+def to_input(digits):
+    return digits.unsqueeze(1).float() / 127.5 - 1
 
 
-def classifier(images, labels, cache, epochs=3):
-    """A Classifier trained on these images, from the file `cache` if it is there, else into it."""
+def load_classifier(digits, labels, epochs=3):
+    """A Classifier that was trained on these digits, once: it is kept in CACHE."""
     torch.manual_seed(0)
-    network = Classifier()
-    if cache.exists():
-        network.load_state_dict(torch.load(cache, weights_only=True))
-        return network.eval()
-    print(f"training a classifier for {epochs} epochs, once; it is kept in {cache}", flush=True)
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    classifier = Classifier()
+    if CACHE.exists():
+        classifier.load_state_dict(torch.load(CACHE, weights_only=True))
+        return classifier.eval()
+    print(f"training a classifier for {epochs} epochs; it is kept in {CACHE}", flush=True)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
     for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(100):
-            loss = F.cross_entropy(network(images[batch].unsqueeze(1).float() / 127.5 - 1), labels[batch].long())
+        for batch in torch.randperm(len(digits)).split(100):
+            loss = F.cross_entropy(classifier(to_input(digits[batch])), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    torch.save(network.state_dict(), cache)
-    return network.eval()
+    torch.save(classifier.state_dict(), CACHE)
+    return classifier.eval()
 
 
 def frechet_distance(one, other):
-    """|m1 − m2|² + tr(C1 + C2 − 2 (C1 C2)^½) of two sets of features (N, F), (M, F): how far apart two normal
-    distributions are that have their means m and covariances C. 0 for the same. (Dowson and Landau 1982; for generated
-    images Heusel et al. 2017, arxiv.org/abs/1706.08500, with features of a classifier of photographs.)"""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), for features (N, F) and (M, F).
+
+    m and C are the mean and the covariance of each set. The distance is 0 if both agree (Heusel et
+    al. 2017, arxiv.org/abs/1706.08500, who take the features of a classifier of photographs).
+    """
     one, other = one.double(), other.double()
     c1, c2 = one.T.cov(), other.T.cov()
     values, vectors = torch.linalg.eigh(c1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()  # tr (C1 C2)^½, symmetric and so exact
-    return ((one.mean(0) - other.mean(0)).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
+    # C1 C2 has the eigenvalues of the symmetric matrix root C2 root, which are easier to compute.
+    trace = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    mean_distance = (one.mean(0) - other.mean(0)).square().sum()
+    return (mean_distance + c1.trace() + c2.trace() - 2 * trace).item()
 
 
-def nearest(images, known):
-    """The distance of each of `images` from the nearest of `known`, over pixels in [0, 1]; both uint8 (N, 28, 28)."""
-    images, known = images.flatten(1).float() / 255, known.flatten(1).float() / 255
-    return torch.cat([torch.cdist(some, known).amin(1) for some in images.split(100)])
+def covered(points, others, neighbours=3):
+    """The share of `points` that lie among `others`: within the distance of one of them from its
+    third nearest neighbour (Kynkäänniemi et al. 2019, arxiv.org/abs/1904.06991)."""
+    radii = []
+    for part in others.split(1000):
+        radii.append(torch.cdist(part, others).kthvalue(neighbours + 1, dim=1).values)
+    radii = torch.cat(radii)
+    inside = []
+    for part in points.split(1000):
+        inside.append((torch.cdist(part, others) <= radii).any(dim=1))
+    return torch.cat(inside).float().mean().item()
 
 
-@torch.no_grad()
-def quality(checkpoint, data, count=10_000):
-    """Print how generated digits compare with real ones, in the eyes of a classifier trained on 40,000 training digits.
+def nearest_distance(digits, known):
+    """The median distance of digits from the nearest of `known`, with pixels from 0 to 1."""
+    digits, known = digits.flatten(1).float() / 255, known.flatten(1).float() / 255
+    distances = [torch.cdist(part, known).amin(dim=1) for part in digits.split(100)]
+    return torch.cat(distances).median().item()
 
-    The Fréchet distance is from 10,000 others of MNIST's training digits; the last 10,000 show what real digits score.
-    Neither was shown to the classifier. Beside it: of how many digits the classifier is sure, and each class's share.
-    Last, whether they are copies: the distance of 1,000 from the nearest of the 60,000, beside that of test digits.
+
+class Scorer:
+    """Scores digits with a classifier that was trained on 40,000 of MNIST's training digits.
+
+    Digits are compared with MNIST's 10,000 test digits, which neither the classifier nor the GAN
+    was shown. The training digits from 50,000 on, unknown to the classifier, are scored as well:
+    what they reach is what a perfect generator would reach.
     """
-    images, labels = mnist(data)
-    with torch.enable_grad():
-        network = classifier(images[:40_000], labels[:40_000], Path(data, "benchmark_classifier.pt"))
 
-    def features(images):
-        return torch.cat([network.features(some.unsqueeze(1).float() / 127.5 - 1) for some in images.split(500)])
+    def __init__(self):
+        known = MNIST(train.SHIPPED_DATA, download=True)
+        unseen = MNIST(train.SHIPPED_DATA, train=False)
+        self.training_digits = known.data
+        self.test_digits = unseen.data
+        self.classifier = load_classifier(known.data[:40_000], known.targets[:40_000])
+        self.reference, logits = self.look_at(unseen.data)
+        wrong = (logits.argmax(dim=1) != unseen.targets).float().mean().item()
+        print(f"the classifier is wrong about {100 * wrong:.2f} % of the test digits\n")
+        print("Fréchet distance, precision, recall, confident (> 95 %), rarest class, nearest one")
 
-    reference = features(images[40_000:50_000])
-    wrong = (network.head(reference).argmax(1) != labels[40_000:50_000]).float().mean()
-    print(f"\nclassifier's errors on digits it was not shown: {100 * wrong:.2f} %")
-    generated = generate(load_generator(checkpoint), count, seed=1)
-    for name, some in (("real digits", images[50_000:]), (str(checkpoint), generated)):
-        seen = features(some)
-        answers = network.head(seen).softmax(1)
-        shares = answers.argmax(1).bincount(minlength=10) / len(some)
-        print(f"{name}: Fréchet distance {frechet_distance(seen, reference):.3f}; classifier sure (> 0.95) of "
-              f"{100 * (answers.amax(1) > 0.95).float().mean():.1f} %\n    shares of 0 to 9, in %: "
-              + ", ".join(f"{100 * share:.1f}" for share in shares))
-    unseen = read_image_file(Path(data, "MNIST", "raw", "t10k-images-idx3-ubyte"))
-    for name, some in (("test digits", unseen), (str(checkpoint), generated)):
-        print(f"nearest training digit of 1,000 of {name}: median distance {nearest(some[:1000], images).median():.2f}")
+    @torch.no_grad()
+    def look_at(self, digits):
+        features = [self.classifier.features(to_input(part)) for part in digits.split(500)]
+        features = torch.cat(features)
+        return features, self.classifier.head(features)
+
+    def score(self, name, digits):
+        features, logits = self.look_at(digits)
+        probabilities = logits.softmax(dim=1)
+        confident = (probabilities.amax(dim=1) > 0.95).float().mean().item()
+        shares = probabilities.argmax(dim=1).bincount(minlength=10) / len(digits)
+        print(f"{frechet_distance(features, self.reference):6.2f}  "
+              f"{covered(features, self.reference):.3f}  {covered(self.reference, features):.3f}  "
+              f"{100 * confident:5.1f} %  {100 * shares.min().item():4.1f} %  "
+              f"{nearest_distance(digits[:1000], self.training_digits):.2f}  {name}", flush=True)
+
+    def score_real_digits(self):
+        self.score("training digits 50,000 to 59,999", self.training_digits[50_000:])
+        nearest = nearest_distance(self.test_digits[:1000], self.training_digits)
+        print(f"{nearest:47.2f}  nearest training digit of a test digit")
+
+
+def measure_quality(checkpoints):
+    scorer = Scorer()
+    scorer.score_real_digits()
+    for path in checkpoints:
+        scorer.score(path, sample_digits(load_generator(path), 10_000, seed=1))
+
+
+def apply(edits, folder):
+    for name, old, new in edits:
+        path = folder / name
+        text = path.read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise ValueError(f"{name} does not contain exactly once: {old}")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def run_experiment(name, epochs, seed, out):
+    """Apply an experiment's edits to a copy of the program in `out`, train it, and sample."""
+    folder = out / f"{name.replace(' ', '_')}_seed_{seed}"
+    folder.mkdir(parents=True)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    apply(EXPERIMENTS[name], folder)
+    call(folder, "train.py", "--epochs", str(epochs), "--seed", str(seed),
+         "--data", str(train.SHIPPED_DATA))
+    call(folder, "sample.py", "--out", "grid.png")
+    call(folder, "sample.py", "--out", "digits.npy", "--count", "10000", "--seed", "1")
+    return folder
+
+
+def call(folder, *command):
+    with open(folder / "output.txt", "a") as output:
+        subprocess.run([sys.executable, *command], cwd=folder, stdout=output, stderr=output)
+
+
+def run_experiments(names, epochs, seeds, out):
+    import numpy
+    scorer = Scorer()
+    for name in names or EXPERIMENTS:
+        for seed in seeds:
+            folder = run_experiment(name, epochs, seed, out)
+            last_row = (folder / "out" / "losses.csv").read_text().splitlines()[-1]
+            digits = torch.from_numpy(numpy.load(folder / "digits.npy"))
+            scorer.score(f"{name}, seed {seed}, {epochs} epochs: {last_row}", digits)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure speed and quality.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("speed", "quality", "both"), default="both", help="what to measure")
-    parser.add_argument("--device", default="auto", help="for the speed: auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--data", default=DEFAULTS["data"], help="where MNIST is, or is put")
-    parser.add_argument("--checkpoint", default=SHIPPED, help="for the quality: a checkpoint.pt or generator.pt")
-    args = parser.parse_args()
-    try:
-        device = pick_device(args.device)
-        print(f"PyTorch {torch.__version__}, {device}, " + (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"))
-        if args.part != "quality":
-            speed(device, args.data)
-        if args.part != "speed":
-            quality(args.checkpoint, args.data)
-    except (OSError, ValueError) as error:
-        sys.exit(f"benchmark.py: {error}")
+    parser = argparse.ArgumentParser(description="Measure speed and quality.")
+    parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("speed", help="a training step and its variants")
+    part.add_argument("--device", default="auto")
+    part.add_argument("--rounds", type=int, default=9)
+    part = parts.add_parser("quality", help="score checkpoints and real digits")
+    part.add_argument("checkpoints", nargs="*")
+    part = parts.add_parser("experiments", help="edit, train, sample and score")
+    part.add_argument("names", nargs="*", help=f"some of: {', '.join(EXPERIMENTS)} (default: all)")
+    part.add_argument("--epochs", type=int, default=8)
+    part.add_argument("--seeds", type=int, nargs="+", default=[0])
+    part.add_argument("--out", type=Path, default=Path("out-experiments"))
+    arguments = parser.parse_args()
+    print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    if arguments.part == "speed":
+        measure_speed(gan.pick_device(arguments.device), arguments.rounds)
+    elif arguments.part == "quality":
+        measure_quality(arguments.checkpoints)
+    else:
+        run_experiments(arguments.names, arguments.epochs, arguments.seeds, arguments.out)
 
 
 if __name__ == "__main__":

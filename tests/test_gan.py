@@ -1,26 +1,28 @@
-"""The networks, their losses, one step of the game, and the average."""
+"""The networks, the losses, the adversarial step and the running average."""
 import copy
 import math
 
 import pytest
 import torch
-from torch import nn
 
+import gan
 from conftest import blobs
-from gan import (KINDS, PENALTY_EVERY, Discriminator, Generator, adversarial_step, discriminator_loss, generator_loss,
-                 gradient_penalty, make_optimizer, precision, update_average)
+from gan import (LATENT_DIM, N_CATEGORIES, R1_GAMMA, R1_INTERVAL, Discriminator, Generator,
+                 adversarial_step, discriminator_loss, generate, generator_loss, make_optimizer,
+                 r1_penalty, sample_latent, update_average)
 
 
-def players(seed=0):
-    torch.manual_seed(seed)
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
     return Generator(), Discriminator()
 
 
-def pictures(count):
+def real_images(count):
     return blobs(count).unsqueeze(1) / 127.5 - 1
 
 
-def plain_descent(network, lr=0.01):
+def sgd(network, lr=0.01):
     return torch.optim.SGD(network.parameters(), lr)
 
 
@@ -28,118 +30,92 @@ def weights(network):
     return [weight.detach().clone() for weight in network.parameters()]
 
 
-def same(first, second):
+def equal(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 64])
-def test_any_number_of_noise_vectors_become_images_and_logits(count):
-    generator, discriminator = players()
-    images = generator(torch.randn(count, 64))
-    logits = discriminator(images)
-    assert images.shape == (count, 1, 28, 28) and images.abs().max() <= 1
-    assert logits.shape == (count,) and logits.dtype == torch.float32
+def test_latent_is_a_one_hot_category_beside_normal_noise():
+    z = sample_latent(10_000, random=torch.Generator().manual_seed(0))
+    category, noise = z[:, :N_CATEGORIES], z[:, N_CATEGORIES:]
+    assert z.shape == (10_000, LATENT_DIM)
+    assert ((category == gan.CATEGORY_SCALE).sum(1) == 1).all()
+    assert ((category == 0).sum(1) == N_CATEGORIES - 1).all()
+    assert (category > 0).float().mean(0).sub(1 / N_CATEGORIES).abs().max() < 0.02
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 
-def test_first_numbers_of_z_choose_a_kind_and_say_no_more():
-    generator = players()[0].eval()
-    z = torch.randn(2, 64)
-    louder, other = z.clone(), z.clone()
-    louder[:, :KINDS] = 3 * z[:, :KINDS] - 1
-    other[:, z[0, :KINDS].argmin()] = 9
-    with torch.no_grad():
-        assert torch.equal(generator(louder), generator(z))
-        assert not torch.equal(generator(other)[0], generator(z)[0])
-
-
-def test_strongest_images_are_paper_and_ink_and_never_beyond():
-    images = players()[0].eval()(1e5 * torch.randn(16, 64))
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_latents_become_images_in_the_range_of_tanh_and_images_become_logits(networks, count):
+    generator, discriminator = networks
+    generator.eval()
+    images = generator(1e5 * sample_latent(count))
+    assert images.shape == (count, 1, 28, 28)
     assert images.min() == -1 and images.max() == 1
+    assert discriminator(images).shape == (count,)
 
 
-def test_discriminator_answers_with_logits_and_not_with_probabilities():
-    discriminator = players()[1].eval()
-    before = discriminator(pictures(8))
-    last = [layer for layer in discriminator.modules() if isinstance(layer, nn.Linear)][-1]
+def test_discriminator_ends_in_logits_which_may_have_any_size(networks):
+    discriminator = networks[1]
     with torch.no_grad():
-        last.weight *= -100
-        last.bias *= -100
-    torch.testing.assert_close(discriminator(pictures(8)), -100 * before)
-
-
-def test_losses_equal_minus_log_sigmoid():
-    real, fake = 4 * torch.randn(2, 50)
-    minus_log = lambda logits: (1 + (-logits.double()).exp()).log().mean()
-    torch.testing.assert_close(discriminator_loss(real, fake).double(), minus_log(real) + minus_log(-fake))
-    torch.testing.assert_close(generator_loss(fake).double(), minus_log(fake))
+        for weight in discriminator.parameters():
+            weight *= 10
+    assert discriminator(real_images(8)).abs().max() > 10
 
 
 @pytest.mark.parametrize("real, fake, d_loss, g_loss", [
-    (0, 0, 2 * math.log(2), math.log(2)),
-    (1000, -1000, 0, 1000),
-    (-1000, 1000, 2000, 0),
+    (0.0, 0.0, 2 * math.log(2), math.log(2)),  # D outputs 0.5 for every image
+    (1000.0, -1000.0, 0.0, 1000.0),            # D is certain, and right
+    (-1000.0, 1000.0, 2000.0, 0.0),            # D is certain, and wrong
+    (math.log(3), -math.log(3), 2 * math.log(4 / 3), math.log(4)),
 ])
-def test_losses_are_right_for_a_coin_tosser_and_finite_for_the_surest_discriminator(real, fake, d_loss, g_loss):
-    real, fake = torch.full((3,), float(real)), torch.full((3,), float(fake))
+def test_losses_are_right_and_finite_however_certain_d_is(real, fake, d_loss, g_loss):
+    real, fake = torch.full((3,), real), torch.full((3,), fake)
     assert discriminator_loss(real, fake).item() == pytest.approx(d_loss)
     assert generator_loss(fake).item() == pytest.approx(g_loss)
 
 
-def test_generator_still_learns_where_the_discriminator_is_sure():
-    sure = torch.tensor([-20.0], requires_grad=True)
-    generator_loss(sure).backward()
-    assert sure.grad.item() == pytest.approx(-1)
+def test_generator_has_a_gradient_where_the_discriminator_is_certain():
+    logit = torch.tensor([-20.0], requires_grad=True)
+    generator_loss(logit).backward()
+    assert logit.grad.item() == pytest.approx(-1)
 
 
-def test_game_starts_near_a_coin_toss():
-    values = []
-    for seed in range(8):
-        generator, discriminator = players(seed)
-        optimizers = plain_descent(generator, 0), plain_descent(discriminator, 0)
-        values.append(torch.stack(adversarial_step(generator, discriminator, *optimizers, pictures(16))))
-    d_loss, g_loss, d_real, d_fake = torch.stack(values).mean(0).tolist()
-    assert d_loss == pytest.approx(2 * math.log(2), abs=0.1)
-    assert g_loss == pytest.approx(math.log(2), abs=0.1)
-    assert d_real == pytest.approx(0.5, abs=0.05) and d_fake == pytest.approx(0.5, abs=0.05)
-
-
-def test_discriminator_update_leaves_generator_untouched():
-    generator, discriminator = players()
-    g_before, d_before = weights(generator), weights(discriminator)
-    g_optimizer, d_optimizer = plain_descent(generator), plain_descent(discriminator)
+@pytest.mark.parametrize("with_r1", [False, True])
+def test_discriminators_update_leaves_the_generator_untouched(networks, with_r1):
+    generator, discriminator = networks
+    before = weights(generator)
+    d_optimizer = sgd(discriminator)
+    seen = []
 
     def after_update(*_):
-        assert same(weights(generator), g_before) and all(p.grad is None for p in generator.parameters())
-        assert not any(torch.equal(a, b) for a, b in zip(weights(discriminator), d_before))
-        seen.append(True)
+        seen.append(equal(weights(generator), before))
+        seen.append(all(weight.grad is None for weight in generator.parameters()))
 
-    seen = []
     d_optimizer.register_step_post_hook(after_update)
-    adversarial_step(generator, discriminator, g_optimizer, d_optimizer, pictures(8))
-    assert seen == [True]
+    adversarial_step(generator, discriminator, sgd(generator), d_optimizer, real_images(8), with_r1)
+    assert seen == [True, True]
 
 
-def test_generator_update_leaves_discriminator_untouched():
-    generator, discriminator = players()
-    g_before, own = weights(generator), {}
-    g_optimizer, d_optimizer = plain_descent(generator), plain_descent(discriminator)
+def test_generators_update_leaves_the_discriminator_untouched(networks):
+    generator, discriminator = networks
+    d_optimizer = sgd(discriminator)
+    after_its_own_update = []
 
-    def after_own_update(*_):
-        own.update(weights=weights(discriminator), gradients=[p.grad.clone() for p in discriminator.parameters()])
+    def remember(*_):
+        gradients = [weight.grad.clone() for weight in discriminator.parameters()]
+        after_its_own_update.extend(weights(discriminator) + gradients)
 
-    d_optimizer.register_step_post_hook(after_own_update)
-    adversarial_step(generator, discriminator, g_optimizer, d_optimizer, pictures(8))
-    assert same(weights(discriminator), own["weights"])
-    assert same([p.grad for p in discriminator.parameters()], own["gradients"])
-    assert not any(torch.equal(a, b) for a, b in zip(weights(generator), g_before))
-    assert all(p.requires_grad for p in discriminator.parameters())
+    d_optimizer.register_step_post_hook(remember)
+    adversarial_step(generator, discriminator, sgd(generator), d_optimizer, real_images(8))
+    gradients = [weight.grad for weight in discriminator.parameters()]
+    assert equal(weights(discriminator) + gradients, after_its_own_update)
 
 
-@pytest.mark.parametrize("penalise", [False, True])
-def test_steps_equal_the_game_played_the_long_way(penalise):
-    generator, discriminator = players()
-    g_naive, d_naive = copy.deepcopy(generator), copy.deepcopy(discriminator)
-    optimizers = plain_descent(generator), plain_descent(discriminator)
+@pytest.mark.parametrize("with_r1", [False, True])
+def test_step_equals_the_same_game_computed_the_long_way(networks, with_r1):
+    generator, discriminator = networks
+    g_long, d_long = copy.deepcopy(generator), copy.deepcopy(discriminator)
+    g_optimizer, d_optimizer = sgd(generator), sgd(discriminator)
 
     def descend(network, loss):
         gradients = torch.autograd.grad(loss, list(network.parameters()))
@@ -147,86 +123,98 @@ def test_steps_equal_the_game_played_the_long_way(penalise):
             for weight, gradient in zip(network.parameters(), gradients):
                 weight -= 0.01 * gradient
 
-    for seed in (1, 2):  # the second step shows what the first leaves behind
+    for seed in (1, 2):  # the second step shows what the first one left behind
         torch.manual_seed(seed)
-        values = adversarial_step(generator, discriminator, *optimizers, pictures(8), penalise)
-
+        losses = adversarial_step(generator, discriminator, g_optimizer, d_optimizer,
+                                  real_images(8), with_r1)
         torch.manual_seed(seed)
-        fake, real = g_naive(torch.randn(8, 64)), pictures(8).requires_grad_()
-        on_real, on_fake = d_naive(real).double().sigmoid(), d_naive(fake.detach()).double().sigmoid()
-        d_loss = -on_real.log().mean() - (1 - on_fake).log().mean()
-        slopes = torch.autograd.grad((on_real / (1 - on_real)).log().sum(), real, create_graph=True)[0]
-        penalty = PENALTY_EVERY * 0.01 / 2 * sum(slope.norm() ** 2 for slope in slopes) / 8
-        descend(d_naive, d_loss + penalise * penalty)
-        g_loss = -d_naive(fake).double().sigmoid().log().mean()
-        descend(g_naive, g_loss)
+        real = real_images(8).requires_grad_()
+        fake = g_long(sample_latent(8))
+        d_real = d_long(real).double().sigmoid()
+        d_fake = d_long(fake.detach()).double().sigmoid()
+        d_loss = -d_real.log().mean() - (1 - d_fake).log().mean()
+        logits = (d_real / (1 - d_real)).log()
+        slopes = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]
+        penalty = R1_GAMMA / 2 * sum(slope.norm() ** 2 for slope in slopes) / 8
+        descend(d_long, d_loss + with_r1 * R1_INTERVAL * penalty)
+        g_loss = -d_long(fake).double().sigmoid().log().mean()
+        descend(g_long, g_loss)
 
-        torch.testing.assert_close(torch.stack(values).double(),
-                                   torch.stack([d_loss, g_loss, on_real.mean(), on_fake.mean()]), rtol=1e-3, atol=1e-4)
-        for weight, expected in zip(weights(generator) + weights(discriminator), weights(g_naive) + weights(d_naive)):
-            torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_step_in_bfloat16_plays_the_same_game(monkeypatch):
-    values = []
-    for fast in (False, True):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
-        generator, discriminator = players()
-        optimizers = plain_descent(generator), plain_descent(discriminator)
-        with precision(torch.device("cpu")):
-            values.append(adversarial_step(generator, discriminator, *optimizers, pictures(16), penalise=True))
-        assert all(weight.dtype == torch.float32 for weight in weights(generator))
-    assert values[0] != values[1]
-    torch.testing.assert_close(values[1], values[0], rtol=0.05, atol=0.02)
+        expected = torch.stack([d_loss, g_loss, d_real.mean(), d_fake.mean()]).float()
+        torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+        for network, long_way in ((generator, g_long), (discriminator, d_long)):
+            for weight, expected in zip(weights(network), weights(long_way), strict=True):
+                torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_gradient_penalty_of_a_linear_discriminator_is_its_slope_squared():
-    slope, images = torch.randn(28 * 28), pictures(5).requires_grad_()
-    penalty = gradient_penalty(images, images.flatten(1) @ slope)
-    assert penalty.item() == pytest.approx(0.01 / 2 * slope.norm().item() ** 2, rel=1e-5)
+@pytest.mark.parametrize("with_r1", [False, True])
+def test_step_neither_reads_a_value_nor_makes_a_tensor_on_another_device(with_r1):
+    """The tensors of the meta device have no values. There, both of these are errors."""
+    with torch.device("meta"):
+        generator, discriminator, average = Generator(), Discriminator(), Generator()
+        real = torch.zeros(8, 1, 28, 28)
+    optimizers = make_optimizer(generator, 0.001), make_optimizer(discriminator, 0.001)
+    losses = adversarial_step(generator, discriminator, *optimizers, real, with_r1)
+    update_average(average, generator, 5)
+    assert losses.is_meta and losses.shape == (4,)
 
 
-def test_optimizer_is_adam_with_a_short_memory():
-    network = nn.Linear(3, 1, bias=False)
-    weight, optimizer = network.weight.detach().clone(), make_optimizer(network, 0.01)
-    mean = square = torch.zeros(1, 3)
-    for step, gradient in enumerate(torch.randn(4, 1, 3), start=1):
-        network.weight.grad = gradient.clone()
-        optimizer.step()
-        mean, square = 0.5 * mean + 0.5 * gradient, 0.999 * square + 0.001 * gradient ** 2
-        weight = weight - 0.01 * mean / (1 - 0.5 ** step) / ((square / (1 - 0.999 ** step)).sqrt() + 1e-8)
-    torch.testing.assert_close(network.weight.detach(), weight)
+def test_r1_penalty_of_a_linear_discriminator_is_its_squared_slope():
+    slope = torch.randn(28 * 28)
+    penalty = r1_penalty(lambda images: images.flatten(1) @ slope, real_images(5))
+    assert penalty.item() == pytest.approx(R1_GAMMA / 2 * slope.square().sum().item(), rel=1e-5)
 
 
-def test_average_is_the_weighted_mean_of_all_generators_so_far():
-    average, generator = Generator(12), Generator(12)
+def test_average_is_the_weighted_mean_of_all_generators_so_far(networks):
+    generator, average = networks[0], Generator()
     history = []
-    for step in range(1, 41):
+    for step in range(1, 21):
         with torch.no_grad():
             for weight in generator.state_dict().values():
-                weight.copy_(torch.randn(weight.shape) if weight.is_floating_point() else step)
-        history.append({name: weight.clone() for name, weight in generator.state_dict().items()})
+                weight.copy_(torch.randn(weight.shape))
+        history.append(copy.deepcopy(generator.state_dict()))
         update_average(average, generator, step)
-    share = [10 / (step + 9) * math.prod(1 - 10 / (later + 9) for later in range(step + 1, 41))
-             for step in range(1, 41)]
-    assert sum(share) == pytest.approx(1)
+    shares = []
+    for step in range(1, 21):
+        later = math.prod(1 - 10 / (other + 9) for other in range(step + 1, 21))
+        shares.append(10 / (step + 9) * later)
+    assert sum(shares) == pytest.approx(1)
     for name, mean in average.state_dict().items():
         if mean.is_floating_point():
-            expected = sum(part * weight[name] for part, weight in zip(share, history))
+            expected = sum(share * past[name] for share, past in zip(shares, history))
             torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_generator_comes_close_to_the_few_images_it_is_trained_on():
-    generator, discriminator = players()
-    g_optimizer, d_optimizer = make_optimizer(generator, 1e-3), make_optimizer(discriminator, 1e-3)
-    few, z = pictures(4), torch.randn(32, 64)
+def test_generator_comes_close_to_the_four_images_it_is_trained_on(networks):
+    generator, discriminator = networks
+    g_optimizer = make_optimizer(generator, 1e-3)
+    d_optimizer = make_optimizer(discriminator, 1e-3)
+    four, z = real_images(4), sample_latent(32)
 
-    @torch.no_grad()
-    def distance():  # mean square per pixel from an image to the nearest of the few
-        return (generator(z) - few.squeeze(1)).square().mean((2, 3)).amin(1).mean()
+    def distance():  # mean square per pixel from a fake to the nearest of the four
+        with torch.no_grad():
+            return (generator(z) - four.squeeze(1)).square().mean((2, 3)).amin(1).mean()
 
     before = distance()
     for step in range(1, 121):
-        adversarial_step(generator, discriminator, g_optimizer, d_optimizer, few.repeat(3, 1, 1, 1),
-                         penalise=step % PENALTY_EVERY == 0)
+        adversarial_step(generator, discriminator, g_optimizer, d_optimizer,
+                         four.repeat(3, 1, 1, 1), with_r1=step % R1_INTERVAL == 0)
     assert distance() < before / 5
+
+
+def test_generated_pixels_are_the_generators_output_in_evaluation_mode(generator):
+    z = sample_latent(9)
+    with torch.no_grad():
+        expected = (generator.eval()(z).squeeze(1) + 1) / 2 * 255
+    digits = generate(generator, z)
+    assert digits.shape == (9, 28, 28) and digits.dtype == torch.uint8
+    assert (digits - expected).abs().max() < 0.51
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generating_changes_nothing_in_the_generator(generator, training):
+    generator.train(training)
+    before = copy.deepcopy(generator.state_dict())
+    generate(generator, sample_latent(9))
+    assert all(layer.training == training for layer in generator.modules())
+    assert equal(generator.state_dict().values(), before.values())
