@@ -2,53 +2,58 @@
 
 Two networks are trained against each other (Goodfellow et al. 2014, arxiv.org/abs/1406.2661):
 
-    The generator G turns random numbers z into an image G(z).
+    The generator G turns random numbers z into an image G(z). Such an image is called a fake.
     The discriminator D looks at an image x and outputs D(x), the probability that x is real.
 
-D is trained to tell real images from generated ones, which are called fakes. G is trained to make
-D take its fakes for real. Both networks work on the same number, the value function V (equation 1
-of the paper). D maximises it and G minimises it:
+D learns to tell real images from fakes. G learns to make fakes that D rates as real. The paper
+describes both goals by one number, the value function V (equation 1). E[...] is a mean:
 
-    min over G, max over D of   V(D, G) = E[ log D(x) ] + E[ log(1 - D(G(z))) ]
+    V(D, G) = E[ log D(x) ]  +  E[ log(1 - D(G(z))) ]
+              real images x     random z
 
-The first E is the mean over real images x, the second is the mean over random z.
+D is trained to make V large, and G is trained to make V small. (In practice G has a slightly
+different loss, for a reason that generator_loss explains.)
 
-Nobody tells G what a digit looks like. G learns only from the gradient that D sends back: in which
-direction should each pixel of this fake change, so that D finds it more real? Hence D has to be
-differentiable. And D must not become certain about every image: its output would then hardly depend
-on the pixels, and its gradient would carry almost no information.
+Nobody tells G what a digit looks like. All that G learns from is a gradient that comes back through
+D. It tells, for each pixel of a fake, in which direction to change it so that D rates the fake as
+more real. D must not become too good for that: if it separates the images too easily, its output
+hardly changes with the pixels, and the gradient carries almost no information.
 
-How does the game end? For a fixed G the best possible D is p_data(x) / (p_data(x) + p_G(x)), where
-p_data and p_G are the densities of real and of generated images (Proposition 1). If G matches the
-data perfectly, the two densities are equal, and the best D outputs 1/2 for every image (Theorem 1).
+What is the goal? For a fixed G, the best possible D is p_data(x) / (p_data(x) + p_G(x)), where
+p_data and p_G say how likely the image x is among real images and among fakes (Proposition 1). For
+a perfect G both are equal, and the best D outputs 1/2 for every image (Theorem 1). In practice,
+training comes near to this, but does not reach it.
 
-Read this file from top to bottom: the latent vector z, Generator, Discriminator, the losses, one
-training step, the running average of G's weights, and how images are generated. A comment at the
-end of a line gives the shape of what that line makes. N is the number of images in the batch.
+Read this file from top to bottom: the latent vector z, the two networks, their losses, one training
+step, the running average of G's weights, and how images are generated. A comment such as
+# (N, 1, 28, 28) gives the shape of a result. N is the number of images in the batch.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-N_CATEGORIES = 10     # as many as there are digits
-CATEGORY_SCALE = 4.0  # larger: the category has more influence on the image, the noise has less
+N_CATEGORIES = 10     # as many as there are digits, but nobody says which is which
 NOISE_DIM = 54
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
+CATEGORY_SCALE = 4.0  # a larger value gives the category more influence than the noise
 
 
 def sample_latent(count, device="cpu", random=None):
-    """Draw `count` latent vectors z: float, shape (count, LATENT_DIM).
+    """Draw N = `count` latent vectors z, the input of the generator: float (N, LATENT_DIM).
 
-    The first N_CATEGORIES entries are a one-hot category, times CATEGORY_SCALE. The others are
-    noise from a standard normal distribution. `random` is a torch.Generator of that device.
+    The first N_CATEGORIES entries are a category: one of them is CATEGORY_SCALE, the others are 0
+    ("one-hot"). The other entries are noise from a standard normal distribution. `random` is a
+    random number generator (torch.Generator) on the device. None means PyTorch's own.
 
-    Noise alone would be enough for a GAN, and most GANs have nothing else. But a network is a
-    continuous function: close z give similar images. That suits slant and stroke width. It does not
-    suit the ten digits, between which there is nothing: on the way from a 3 to a 0, G would draw
-    something that is neither (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). A category lets G
-    jump. No labels are used. During training, each category comes to stand for one digit or for a
-    few similar ones. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has the same latent
-    vector, and adds a loss of its own, which this program does without.
+    Most GANs have only the noise. But a network is a continuous function: it turns similar z into
+    similar images. That suits slant and stroke width, which vary continuously. It does not suit the
+    ten digits. There is no digit between a 3 and a 0, but on the way from one to the other, G would
+    have to draw something (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). With a category, G
+    can switch from one kind of digit to another. Training uses no labels, and no loss demands that
+    a category be a digit. But each one comes to stand for one digit, or for a few similar ones.
+
+    InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has a similar latent vector and an
+    additional loss, which is not needed here.
     """
     category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
     one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
@@ -59,29 +64,30 @@ def sample_latent(count, device="cpu", random=None):
 class Generator(nn.Module):
     """Maps latent vectors z (N, LATENT_DIM) to images (N, 1, 28, 28) with values in [-1, 1].
 
-    It begins with a picture of 4x4 pixels that has many channels, and enlarges it three times. As
-    the pixels become more, the channels become fewer: from what is drawn to where it is drawn.
+    The network begins with 4x4 pixels and many channels. It enlarges the picture three times, to
+    7x7, 14x14 and 28x28 pixels, and reduces the channels.
 
-    ConvTranspose2d is an upscaling that is learned. Each input pixel is multiplied by a kernel, and
-    the products are added to the output, `stride` pixels apart. In the last two layers the kernel
-    size 4 is a multiple of the stride, so every output pixel receives equally many products. With
-    size 3 or 5 a checkerboard would show in the image (Odena et al. 2016,
-    distill.pub/2016/deconv-checkerboard). The first layer needs size 3 to get from 4 pixels to 7.
+    ConvTranspose2d is an upscaling that is learned. Each input pixel adds one copy of the kernel,
+    multiplied by that pixel, to the output. The copies lie `stride` pixels apart and overlap. In
+    the last two upscalings the kernel size 4 is a multiple of the stride 2, so that equally many
+    copies overlap everywhere. With size 3 or 5, a checkerboard would show in the image (Odena et
+    al. 2016, distill.pub/2016/deconv-checkerboard). The first one takes size 3 to get from 4 pixels
+    to 7. The other way to upscale, repeating pixels before a convolution, needs more arithmetic.
 
-    BatchNorm2d brings each channel to mean 0 and variance 1 over the batch and its pixels, and then
-    applies a learned scale and shift. Without it, the early layers may turn all z into nearly the
-    same activations, and G draws one image for every z (Radford et al. 2015, the DCGAN paper,
-    arxiv.org/abs/1511.06434, section 3). The layer before it has no bias, because subtracting the
-    mean would cancel it. The last layer has no batch norm: it would force the same brightness and
-    contrast on every batch of images.
+    BatchNorm2d brings each channel to mean 0 and variance 1, over all pixels of all images of the
+    batch. Then it applies a scale and a shift that are learned. Without it, the early layers may
+    map all z to nearly the same values, and G draws the same image whatever z is (Radford et al.
+    2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A layer that is followed by batch
+    norm has no bias, because subtracting the mean would cancel the bias. There is no batch norm at
+    the end: it would force the same brightness and contrast on every batch.
 
-    ReLU is DCGAN's choice for G. The discriminator has LeakyReLU for a reason that is given there.
+    ReLU is DCGAN's choice for G. Why D has LeakyReLU is explained there.
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
-    white (1). Tanh is flat near these values, so they are easy to hit. A sigmoid, with images in
-    [0, 1], would do the same. But then nearly all input to D would be 0 or positive, and a network
-    learns faster from input that is spread around 0.
+    white (1), and any large input of tanh gives nearly these values. A sigmoid, with real images in
+    [0, 1], is the same curve at another scale, with half the slope for its range. Tanh is DCGAN's
+    choice. What matters most is that real images and fakes have the same range.
     """
 
     def __init__(self):
@@ -110,24 +116,23 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maps images (N, 1, 28, 28) in [-1, 1] to one logit each (N,). D(x) is sigmoid(logit).
+    """Maps images (N, 1, 28, 28) in [-1, 1] to one logit each: (N,). D(x) is sigmoid(logit).
 
-    The network ends in a logit and not in a probability, because in float32 a sigmoid rounds to
-    exactly 1 from a logit of 17 on. Then log(1 - D) would be minus infinity. The losses below are
-    computed from the logit itself, and stay finite.
+    A logit may be any number. The network does not end in the probability itself, because a sigmoid
+    in float32 is exactly 1 for logits of 17 and more. Then log(1 - D) would be minus infinity. The
+    losses below are computed from the logits, and stay finite.
 
-    Strided convolutions make the picture smaller. Max pooling would do that, too, but it passes the
-    gradient on to one pixel in four. G learns from that gradient, and needs it at every pixel.
+    Convolutions with stride 2 halve the size of the picture. Max pooling would do that, too, but it
+    sends the gradient to only one of four pixels. G learns from that gradient, at every pixel.
 
-    LeakyReLU(0.2) passes on a fifth of the gradient where its input is negative. A ReLU would pass
-    on nothing there, and G would learn nothing through that unit.
+    LeakyReLU(0.2) keeps a fifth of the gradient where its input is negative. ReLU would keep
+    nothing, and no gradient would reach G by way of that value.
 
-    BatchNorm2d makes the output for an image depend on the other images of its batch. If all fakes
-    look alike, D can see that. The first layer has none, so that D sees the true pixel values
-    (DCGAN, section 3).
+    BatchNorm2d makes the output for one image depend on the whole batch. If the fakes of a batch
+    are all alike ("mode collapse"), D can notice it. As in DCGAN, the first convolution has none.
 
-    The convolution with stride 1 widens the view: a unit of the layer after it sees 26x26 pixels of
-    the image, enough for a whole digit. Without that convolution it would see only 18x18 pixels.
+    The third convolution has stride 1. Thanks to it, a value after the fourth one depends on 26x26
+    pixels of the image, enough to see a whole digit. Without it, it would depend on 18x18 pixels.
     """
 
     def __init__(self):
@@ -155,25 +160,26 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images):
-        return self.layers(images).float()  # float32, even where the layers compute in bfloat16
+        return self.layers(images).float()  # train.py may run the layers in bfloat16, but no loss
 
 
 def init_weights(module):
-    """Initialise convolutions with normal numbers of standard deviation 0.02 (DCGAN, section 4).
+    """Draw the weights of convolutions from N(0, 0.02^2), as DCGAN does (section 4).
 
-    This matters for the layers without batch norm after them. The first fakes are then close to 0,
-    a mid-grey, where tanh is steepest and G learns fastest.
+    This matters most for G's last convolution, which no batch norm follows. With small weights, the
+    first fakes are a nearly even grey. There tanh is steep, and G learns fast.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """The loss of D, which is -V(D, G): -log D(x) - log(1 - D(G(z))), each a mean over the batch.
+    """The loss of D: the mean of -log D(x), plus the mean of -log(1 - D(G(z))). This is -V(D, G).
 
-    Logits (N,) and (N,) to a scalar. Both terms are binary cross-entropy (BCE): with the label 1
-    for real images and the label 0 for fakes. A D that outputs 0.5 for every image has the loss
-    -log 0.5 - log 0.5 = 2 ln 2 = 1.386.
+    Takes logits of shape (N,), and returns a scalar. In code, both terms are binary cross-entropy
+    (BCE). It is -log D for images with the label 1, and -log(1 - D) for images with the label 0.
+
+    If D outputs 0.5 for every image, the loss is -log 0.5 - log 0.5 = 2 log 2 = 1.386.
     """
     real_labels = torch.ones_like(real_logits)
     fake_labels = torch.zeros_like(fake_logits)
@@ -183,124 +189,126 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def generator_loss(fake_logits):
-    """The non-saturating loss of G: -log D(G(z)), a mean over the batch. Logits (N,) to a scalar.
+    """The loss of G: the mean of -log D(G(z)).
 
-    Equation 1 would have G minimise log(1 - D(G(z))). Both losses push D(G(z)) up, but not equally
-    hard. The gradient of log(1 - D) with respect to the logit is -D. It vanishes, or "saturates",
-    where D is certain that the image is a fake, and early in training D nearly always is. The
-    gradient of -log D is -(1 - D), which is close to -1 in the same place (Goodfellow et al.,
-    section 3, last paragraph).
+    Takes logits of shape (N,), and returns a scalar. In code, it is BCE with the label 1, that of
+    real images, although these are fakes: G wants D to rate them as real.
 
-    As code, it is binary cross-entropy with the label of real images, although these are fakes: G
-    wants D to call them real.
+    To minimise V, G would have the loss log(1 - D(G(z))). Both losses fall as D(G(z)) rises. The
+    difference is in the gradient with respect to the logit. That of log(1 - D) is -D. When D
+    recognises a fake, D is near 0, and the gradient vanishes: this loss "saturates". Early in
+    training, that is the case for nearly every fake. The gradient of -log D is -(1 - D). It is near
+    -1 for the same fakes, where there is most to learn. Hence the name "non-saturating loss"
+    (Goodfellow et al., end of section 3). Adam rescales gradients, and so softens the difference.
     """
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
-R1_GAMMA = 0.01   # how much the penalty counts
-R1_INTERVAL = 16  # steps from one penalty to the next
+R1_GAMMA = 0.01   # the weight of the penalty
+R1_INTERVAL = 16  # the penalty is added in one of so many steps
 
 
 def r1_penalty(discriminator, real):
-    """The R1 gradient penalty: R1_GAMMA / 2 * E[ |gradient of D's logit at x|^2 ], x real images.
+    """The R1 gradient penalty (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4).
 
-    Images (N, 1, 28, 28) to a scalar (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4).
+    Takes real images (N, 1, 28, 28). Returns R1_GAMMA / 2 times the mean, over these images, of the
+    squared length of the gradient of D's logit with respect to the pixels.
 
-    Without it, D learns its 60,000 images better and better by heart. Its output becomes a cliff:
-    high on one side, low on the other, and flat where the fakes are, so that G has no slope to
-    follow. The penalty makes a steep D expensive near the real images, and D stays smooth.
+    Without the penalty, D learns the real images by heart in the course of time. Its logit then
+    drops steeply beside them and is flat around the fakes, where G needs a gradient. The penalty
+    adds to D's loss where its logit is steep, and keeps D smooth.
     """
-    real = real.detach().requires_grad_()
+    real = real.detach().requires_grad_()  # another tensor, so that the caller's stays as it is
     logits = discriminator(real)
-    # The gradient of the sum holds the gradient of each logit with respect to its own image (apart
-    # from what batch norm carries from one image to another). create_graph makes that gradient
-    # differentiable, since D's update has to differentiate the penalty once more.
-    gradient, = torch.autograd.grad(logits.sum(), real, create_graph=True)    # (N, 1, 28, 28)
+    # Each logit depends on its own image, so the gradient of the sum contains the gradients of all
+    # N logits at once. (Only batch norm carries a little from one image to another.) create_graph
+    # is needed because D's update differentiates this gradient once more.
+    gradient = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]  # (N, 1, 28, 28)
     squared_norm = gradient.square().sum(dim=(1, 2, 3))                       # (N,)
     return R1_GAMMA / 2 * squared_norm.mean()
 
 
 def make_optimizer(network, lr):
-    """Adam for one network. G and D need one each, because each minimises a loss of its own.
+    """Adam for one network. Each network has its own, because each minimises its own loss.
 
-    beta1 is 0.5. Adam's usual 0.9 averages the gradients of about ten steps. In a GAN the other
-    network has changed since then, and with outdated gradients the two begin to oscillate (DCGAN,
-    section 4).
+    With Adam's usual beta1 = 0.9, an update averages the gradients of about ten steps. But in a GAN
+    the other network changes in every step. Old gradients no longer fit, and the two networks begin
+    to oscillate. DCGAN found that 0.5 helps (section 4).
     """
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
 
-def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, with_r1=False):
-    """One training step on a batch of real images: an update of D, then one of G (Algorithm 1).
+def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, step):
+    """One training step on a batch of real images: an update of D, then an update of G.
 
     real: images (N, 1, 28, 28) in [-1, 1].
-    with_r1: add the R1 penalty to D's loss. Once in R1_INTERVAL steps is enough.
+    step: the number of this step, from 1. Every R1_INTERVAL steps, D's loss includes the penalty.
 
-    Returns a tensor (4,): d_loss, g_loss, mean D(x), mean D(G(z)). d_loss is without the penalty.
-    g_loss comes from after D's update, the others from before it.
+    Returns a tensor (4,) for the log: d_loss without the penalty, g_loss, the mean of D(x) and the
+    mean of D(G(z)). g_loss is measured after D's update, the other three before it.
     """
-    # The discriminator's update. detach() cuts the fakes off from G: this loss is D's own, and its
-    # gradient must stop at the pixels. Otherwise backward() would run on through G and free the
-    # graph that G's update still needs ("Trying to backward through the graph a second time").
-    # Real and fake images are separate batches. Batch norm would otherwise take its statistics from
-    # a mixture, but in G's update, where all images are fakes, from fakes alone.
+    # The discriminator's update. Real images and fakes are two separate batches: in a mixed one,
+    # batch norm would compute other statistics than in G's update, where all images are fakes.
     z = sample_latent(len(real), device=real.device)                          # (N, LATENT_DIM)
     fake = generator(z)                                                       # (N, 1, 28, 28)
     real_logits = discriminator(real)                                         # (N,)
+    # detach() stops the gradient at the fakes, because this loss is for D alone. Without it,
+    # backward() would run on through G, and free the graph of `fake` that G's update still needs.
     fake_logits = discriminator(fake.detach())                                # (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
-    penalty = 0.0
-    if with_r1:
-        # The penalty comes once in R1_INTERVAL steps, with R1_INTERVAL times its weight: the same
-        # effect at a fraction of the time (Karras et al. 2020, arxiv.org/abs/1912.04958, section
-        # 3.1, "lazy regularization").
-        penalty = R1_INTERVAL * r1_penalty(discriminator, real)
+    loss = d_loss
+    if step % R1_INTERVAL == 0:
+        # The penalty takes nearly as long as the rest of the step. Adding it rarely, but with
+        # R1_INTERVAL times its weight, has about the same effect in much less time (Karras et al.
+        # 2020, arxiv.org/abs/1912.04958, section 3.1, "lazy regularization").
+        loss = d_loss + R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
-    (d_loss + penalty).backward()
+    loss.backward()
     d_optimizer.step()
 
-    # The generator's update. G has not changed, so the same fakes serve again. D has changed, so it
-    # judges them anew. The gradient runs through D back into G. `inputs` keeps it away from D's
-    # weights: nobody would use it there, and it would add up until D's next update.
+    # The generator's update. The paper (Algorithm 1) draws new fakes for it, but the same ones will
+    # do, since G has not changed. D has changed, so it is applied to them again. The gradient goes
+    # through D back into G. `inputs` says that only G's weights need theirs. D's weights would get
+    # gradients, too, but nobody would use them.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     g_loss.backward(inputs=list(generator.parameters()))
     g_optimizer.step()
 
-    d_real = real_logits.sigmoid().mean()
-    d_fake = fake_logits.sigmoid().mean()
-    return torch.stack([d_loss, g_loss, d_real, d_fake]).detach()
+    mean_d_real = real_logits.sigmoid().mean()
+    mean_d_fake = fake_logits.sigmoid().mean()
+    return torch.stack([d_loss, g_loss, mean_d_real, mean_d_fake]).detach()
 
 
 @torch.no_grad()
 def update_average(average, generator, step):
-    """Update `average`, the running average of the generator's weights, after step 1, 2, 3, ...
+    """Update `average`, the running average of the generator's weights. `step` counts from 1.
 
-    The two networks do not come to rest: training moves G around a good solution, and the weights
-    of any one step are one point of that orbit. Their average lies nearer to its centre (Yazici et
-    al. 2018, arxiv.org/abs/1806.04498). Samples come from the average. Training never uses it.
+    GAN training does not come to rest. It moves G around a good solution, and the weights after any
+    one step are one point of that path. Their average lies nearer to its centre (Yazici et al.
+    2018, arxiv.org/abs/1806.04498). Samples are made with the average. Training never uses it.
 
-    The newest weights count 10 / (step + 9): wholly at step 1, and less with every step. Two thirds
-    of the average come from the last tenth of all steps. This is called polynomial-decay averaging.
-    The exponential moving average (EMA) of other programs has a fixed span instead, which would
-    have to be chosen to fit the length of the training.
+    The newest weights have the share 10 / (step + 9) in the average: all of it in step 1, and less
+    in every later step. Two thirds of the average come from the last tenth of the steps so far.
+    This is called polynomial-decay averaging. More common is the exponential moving average (EMA),
+    where the share is the same in all steps. It has to be chosen to fit the length of the training.
 
-    Batch norm's running statistics are averaged as well. They have to fit the weights.
+    The running statistics of batch norm are averaged, too, because they belong to the weights.
     """
-    weight = 10 / (step + 9)
+    share = 10 / (step + 9)
     newest = generator.state_dict()
-    for name, mean in average.state_dict().items():
-        if mean.is_floating_point():  # all but batch norm's count of batches
-            mean.lerp_(newest[name], weight)
+    for name, averaged in average.state_dict().items():
+        if averaged.is_floating_point():  # all but the number of batches that batch norm has seen
+            averaged.lerp_(newest[name], share)  # in place
 
 
 @torch.no_grad()
 def generate(generator, z):
-    """Generate one image for each z: uint8 (N, 28, 28), from 0 (background) to 255 (stroke).
+    """Generate one image for each z: uint8 (N, 1, 28, 28), from 0 (background) to 255 (stroke).
 
-    Batch norm is in evaluation mode: it uses the running mean and variance from training. In
-    training mode it would use those of this batch, and each digit would depend on the other ones.
+    eval() makes batch norm use the running mean and variance from training. In training mode it
+    would use those of this batch, and each digit would depend on the others.
     """
     was_training = generator.training
     device = next(generator.parameters()).device
@@ -308,16 +316,17 @@ def generate(generator, z):
     images = generator(z.to(device))                                          # (N, 1, 28, 28)
     generator.train(was_training)
     pixels = (images + 1) * 127.5                                             # [-1, 1] to [0, 255]
-    return pixels.round().to("cpu", torch.uint8).squeeze(1)                   # (N, 28, 28)
+    return pixels.round().to("cpu", torch.uint8)
 
 
 # The rest is not about GANs. It is what train.py and sample.py share.
 
 
 def pick_device(name):
-    """The torch.device with a name such as 'cpu', 'cuda', 'cuda:1' or 'mps'. ValueError if absent.
+    """The torch.device with a name such as 'cpu', 'cuda', 'cuda:1' or 'mps'.
 
-    'auto' is the first of CUDA, MPS and the CPU that this machine has.
+    'auto' is the first of CUDA, MPS and the CPU that this machine has. Raises ValueError if the
+    machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -339,13 +348,14 @@ def load_checkpoint(path):
 
     Raises OSError if the file cannot be read, and ValueError if it is not such a checkpoint.
     """
+    problem = ValueError(f"{path} is not a checkpoint of this program, or it is damaged")
     try:
-        # weights_only: a pickled file may hold any code, and loading it would run that code.
+        # Without weights_only, loading a file from a stranger could run any code that is in it.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # torch.load raises nearly every kind of error, depending on the damage
-        checkpoint = None
+    except Exception:  # which one torch.load raises depends on the damage
+        raise problem from None
     if not isinstance(checkpoint, dict) or "average" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of this program, or it is damaged")
+        raise problem
     return checkpoint

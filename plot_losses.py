@@ -6,7 +6,6 @@ outputs 0.5 for every image: d_loss = 2 ln 2 and g_loss = ln 2. The training may
 """
 import argparse
 import math
-import statistics
 import sys
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def smooth(values, radius):
     means = []
     for i in range(len(values)):
         neighbours = values[max(0, i - radius):i + radius + 1]
-        means.append(statistics.fmean(neighbours))
+        means.append(sum(neighbours) / len(neighbours))
     return means
 
 

@@ -33,10 +33,10 @@ def load_generator(path=SHIPPED_GENERATOR, device="cpu"):
 
 
 def sample_digits(generator, count, seed=0):
-    """Generate `count` digits: uint8 (count, 28, 28). The same seed gives the same digits.
+    """Generate `count` digits: uint8 (count, 1, 28, 28). The same seed gives the same digits.
 
-    They are generated in whole batches, so that a digit does not depend on how many are wanted: in
-    a batch of another size, the sums of a convolution may be rounded differently.
+    They are generated in whole batches, so that a digit does not depend on how many are wanted:
+    in a batch of another size, PyTorch may round the sums of a convolution differently.
     """
     random = torch.Generator().manual_seed(seed)
     batches = []
@@ -47,13 +47,13 @@ def sample_digits(generator, count, seed=0):
 
 
 def interpolate(generator, count, seed=0):
-    """Let `count` digits change smoothly, and come back to where they began: uint8
-    (FRAMES, count, 28, 28).
+    """Move through the latent space and back: uint8 (FRAMES, count, 1, 28, 28).
 
-    Each z moves on a circle, cos(t) * a + sin(t) * b. Because cos² + sin² = 1, all its points are
-    normal noise again, as in training. Half-way on a straight line from a to b, z would be shorter
-    than nearly all z of the training. The category stays, since a new one makes the digit jump. A
-    category may hold more than one digit, so a 4 can still turn into a 9.
+    The noise of each digit moves on a circle, cos(t) * a + sin(t) * b. Because cos² + sin² = 1, all
+    points of the circle are normal noise, as in training. On a straight line from a to b, the noise
+    would be shorter half-way than nearly all noise that G was trained with. The category does not
+    change, because G draws nothing between two categories. As a category may hold several digits,
+    a 4 can turn into a 9 all the same.
     """
     random = torch.Generator().manual_seed(seed)
     z = sample_latent(count, random=random)
@@ -68,17 +68,17 @@ def interpolate(generator, count, seed=0):
 
 
 def save_grid(images, path):
-    """Save images, uint8 (N, 28, 28), as one picture: a grid that is as square as possible."""
+    """Save images, uint8 (N, 1, 28, 28), as one picture: a grid that is as square as possible."""
     columns = math.ceil(math.sqrt(len(images)))
-    save_image(images.unsqueeze(1) / 255, path, nrow=columns)
+    save_image(images / 255, path, nrow=columns)
 
 
 def save_animation(frames, path):
-    """Save frames, uint8 (F, N, 28, 28), as a GIF of F grids that repeats for ever."""
+    """Save frames, uint8 (F, N, 1, 28, 28), as a GIF of F grids that repeats for ever."""
     columns = math.ceil(math.sqrt(frames.shape[1]))
     pictures = []
     for images in frames:
-        grid = make_grid(images.unsqueeze(1), nrow=columns)  # three equal channels
+        grid = make_grid(images, nrow=columns)  # three channels, all the same
         pictures.append(Image.fromarray(grid[0].numpy()))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=FRAME_TIME, loop=0)
 
@@ -125,7 +125,7 @@ def main():
         elif out.suffix.lower() == ".npy":
             digits = sample_digits(generator, arguments.count, arguments.seed)
             with open(out, "wb") as file:  # to a name in capitals, numpy would add another .npy
-                numpy.save(file, digits.numpy())
+                numpy.save(file, digits.squeeze(1).numpy())
         else:
             save_grid(sample_digits(generator, arguments.count, arguments.seed), out)
     except (OSError, ValueError) as error:

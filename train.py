@@ -1,7 +1,7 @@
 """Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device D] [--resume] ...
 
-The training loop is in train(). The functions below it read images, keep checkpoints and read the
-command line.
+The training loop is in train(). The functions below it load the images, save and restore
+checkpoints, and read the command line.
 """
 import argparse
 import copy
@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
+    # Loading PyTorch takes seconds. If Ctrl-C is pressed meanwhile, print a line and no traceback.
     def stop_while_loading(*_):
-        sys.exit("train.py: stopped while PyTorch was loading; the same command begins again")
+        print("train.py: stopped before it began; run the same command again", file=sys.stderr)
+        sys.exit(130)
 
     signal.signal(signal.SIGINT, stop_while_loading)
 
@@ -27,7 +29,6 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 from gan import (
-    R1_INTERVAL,
     Discriminator,
     Generator,
     adversarial_step,
@@ -40,32 +41,32 @@ from gan import (
 )
 from plot_losses import COLUMNS, plot
 
-EPOCHS = 8              # passes over the images
-BATCH_SIZE = 128        # images in a step
-LEARNING_RATE = 0.0015  # DCGAN has 0.0002, for networks that are much larger than these
-LOG_EVERY = 20          # steps in a row of losses.csv
+EPOCHS = 8             # passes over the images
+BATCH_SIZE = 128       # images per step
+LEARNING_RATE = 0.0015 # DCGAN's is 0.0002; small networks like these learn faster with more
+LOG_EVERY = 20         # a row of losses.csv is the mean over so many steps
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 
 
 def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE, seed=0, data=None,
           out="out", resume=False):
-    """Train a GAN, write the files of the run into the folder `out`, return the averaged generator.
+    """Train a GAN, write the files of the run into the folder `out`, and return the averaged G.
 
-    data: a folder with images. None means MNIST, as it comes with this repository.
-    resume: continue the run in `out` until it has `epochs` epochs in all.
+    data: a folder with images. None means the MNIST files that come with this repository.
+    resume: continue the run in `out` until it has `epochs` epochs.
 
-    Raises ValueError for arguments or files that do not fit, OSError for files that cannot be read
-    or written, and FloatingPointError if the training diverges.
+    Raises ValueError for invalid arguments and unsuitable files, OSError for files that cannot be
+    read or written, and FloatingPointError if the training diverges.
     """
     out = Path(out)
     log = out / "losses.csv"
+    if not resume:
+        refuse_to_overwrite(out)
     if data is not None:
-        data = str(data)  # a Path could not be loaded again from the checkpoint
+        data = str(data)  # load_checkpoint() would refuse a Path
     device = pick_device(device)
-    images = load_images(data or SHIPPED_DATA).to(device)            # uint8 (60000, 1, 28, 28)
-    steps_per_epoch = len(images) // batch_size                      # the images left over wait
-    if steps_per_epoch == 0:
-        raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
+    images = load_images(data or SHIPPED_DATA).to(device)             # uint8 (60000, 1, 28, 28)
+    steps_per_epoch = count_steps(images, batch_size)
 
     torch.manual_seed(seed)
     generator = Generator().to(device)
@@ -73,45 +74,47 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     average = copy.deepcopy(generator)
     g_optimizer = make_optimizer(generator, lr)
     d_optimizer = make_optimizer(discriminator, lr)
-    fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
+    fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))  # for samples/
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "data": data}
     state = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     epochs_done = open_run(out, resume, settings, state)
 
     for epoch in range(epochs_done + 1, epochs + 1):
-        # Each epoch begins with a seed of its own, from which its order and its noise follow. So a
-        # resumed run continues with the same random numbers as a run that was never stopped.
+        # The order of the images and all noise of an epoch depend on this seed alone. A resumed run
+        # therefore continues with the same random numbers as a run that was never stopped.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         step = (epoch - 1) * steps_per_epoch
-        started = time.perf_counter()
+        last_step = epoch * steps_per_epoch
         recent = []
-        bar = tqdm(order.split(batch_size), desc=f"epoch {epoch}/{epochs}", unit=" images",
-                   unit_scale=batch_size, leave=False, disable=None)  # None: only on a terminal
-        for batch in bar:
+        started = time.perf_counter()
+        bar = progress_bar(order.split(batch_size), f"epoch {epoch}/{epochs}")
+        for indices in bar:
             step += 1
-            real = images[batch].float() / 127.5 - 1                 # [0, 255] to tanh's [-1, 1]
+            real = images[indices].float() / 127.5 - 1                # from [0, 255] to [-1, 1]
             with precision(device):
                 losses = adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real,
-                                          with_r1=step % R1_INTERVAL == 0)
+                                          step)
             update_average(average, generator, step)
 
-            recent.append(losses)                                    # not yet read from the device
-            if len(recent) == LOG_EVERY or step == epoch * steps_per_epoch:
+            # The losses stay on the device until a row is complete: reading them in every step
+            # would make the processor wait for a GPU each time.
+            recent.append(losses)
+            if len(recent) == LOG_EVERY or step == last_step:
                 d_loss, g_loss, d_real, d_fake = torch.stack(recent).mean(dim=0).tolist()
                 recent.clear()
-                append(log, f"{epoch},{step},{d_loss:.5f},{g_loss:.5f},{d_real:.5f},{d_fake:.5f}\n")
+                row = f"{epoch},{step},{d_loss:.5f},{g_loss:.5f},{d_real:.5f},{d_fake:.5f}\n"
+                with open(log, "a") as file:
+                    file.write(row)
                 bar.set_postfix_str(f"d_loss {d_loss:.3f}, g_loss {g_loss:.3f}", refresh=False)
-                if not math.isfinite(d_loss + g_loss):
-                    raise diverged(epoch)
+                check_finite(epoch, [d_loss, g_loss])
 
-        if not all_finite(generator, discriminator):
-            raise diverged(epoch)
+        check_finite(epoch, [*generator.parameters(), *discriminator.parameters()])
         speed = len(order) / (time.perf_counter() - started)
         print(f"epoch {epoch}/{epochs}: d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, "
               f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
-        samples = generate(average, fixed_z).unsqueeze(1)            # uint8 (64, 1, 28, 28)
+        samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
         save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
         save_checkpoint(out, epoch, log.stat().st_size, settings, state)
 
@@ -120,10 +123,11 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
 
 
 def precision(device):
-    """A context in which the layers compute in bfloat16, on a CPU that is fast at it.
+    """A context in which the layers compute in bfloat16, on processors with instructions for it.
 
-    Weights and losses stay in float32. On other devices everything does. The cache of autocast is
-    off, because it would hand G's update a copy of D's weights from before D's update.
+    Weights and losses stay in float32. On all other devices the context does nothing. Autocast's
+    cache is off: it would keep bfloat16 copies of D's weights, and G's update would use the copies
+    from before D's update.
     """
     fast = False
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not yet in PyTorch 2.6
@@ -131,87 +135,95 @@ def precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
-def diverged(epoch):
-    return FloatingPointError(
-        f"training diverged in epoch {epoch}: a loss or a weight is no longer a finite number. "
-        "The checkpoint of the epoch before is kept. Try a lower --lr, with another --out")
+def progress_bar(batches, title):
+    """A bar over the batches that counts images. disable=None hides it in a pipe or a file."""
+    return tqdm(batches, desc=title, unit=" images", unit_scale=len(batches[0]), leave=False,
+                disable=None)
 
 
-def all_finite(*networks):
-    for network in networks:
-        for weight in network.parameters():
-            if not weight.isfinite().all():
-                return False
-    return True
+def check_finite(epoch, values):
+    for value in values:
+        if not torch.as_tensor(value).isfinite().all():
+            raise FloatingPointError(
+                f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
+                "checkpoint of the epoch before is kept. Try a lower --lr, with another --out")
 
 
-def append(path, text):
-    with open(path, "a") as file:
-        file.write(text)
+def count_steps(images, batch_size):
+    """The number of steps in an epoch. The images that do not fill a batch are left out of it."""
+    if batch_size > len(images):
+        raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
+    return len(images) // batch_size
 
 
-def load_images(folder=SHIPPED_DATA):
-    """The training images in a folder: uint8 (N, 1, 28, 28). ValueError if there are none that fit.
+def load_images(folder):
+    """Load the training images in a folder: uint8 (N, 1, 28, 28).
 
-    The folder has either the file train-images-idx3-ubyte itself, or MNIST/raw with the four .gz
-    files of MNIST. torchvision checks these, unpacks them, and downloads those that are missing.
+    The folder has a file train-images-idx3-ubyte in the format of MNIST, or a folder MNIST/raw. If
+    that has only the .gz files of MNIST, torchvision checks and unpacks them, and downloads those
+    that are missing. Raises ValueError if there are no images, or none of 28x28 pixels.
     """
-    folder = Path(folder)
-    path = folder / "train-images-idx3-ubyte"
-    mnist = folder / "MNIST" / "raw"
+    path = Path(folder) / "train-images-idx3-ubyte"
+    mnist = Path(folder) / "MNIST" / "raw"
     if not path.exists() and mnist.is_dir():
         path = mnist / "train-images-idx3-ubyte"
         if not path.exists():
             unpack_mnist(folder)
     if not path.exists():
         raise ValueError(f"{folder} has neither train-images-idx3-ubyte nor MNIST/raw; "
-                         "without --data, train.py takes the MNIST that comes with it")
+                         "without --data, train.py uses the MNIST files that come with it")
     try:
         images = read_image_file(path)
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path} is damaged, or it is not an IDX file of images; "
-                         "if it is MNIST's, delete it, and it is unpacked anew") from None
+        raise ValueError(f"{path} is damaged, or it is not an IDX file of images. If it belongs to "
+                         "MNIST, delete it, and the next run unpacks it again") from None
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
-        raise ValueError(f"{path} has images of {width}x{height} pixels; the networks take 28x28")
+        raise ValueError(f"{path} has images of {width}x{height} pixels; the networks need 28x28")
     return images.unsqueeze(1)
 
 
 def unpack_mnist(folder):
     try:
-        MNIST(folder, download=True)
+        MNIST(folder, download=True)  # making the object unpacks the files
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"a .gz file in {folder}/MNIST/raw is missing or damaged, and no new one "
                          f"could be downloaded ({reason}); restore it with git checkout") from None
 
 
+def refuse_to_overwrite(out):
+    for name in ("checkpoint.pt", "losses.csv", "samples"):
+        if (out / name).exists():
+            raise ValueError(f"{out} already holds a run; continue it with --resume, or choose "
+                             "another --out")
+
+
 def open_run(out, resume, settings, state):
-    """Begin a run in the folder `out`, or continue the one there. Returns its number of epochs."""
+    """Begin a run in the folder `out`, or continue the one there with its networks and optimizers.
+
+    Returns the number of finished epochs.
+    """
     if resume:
         epochs_done, log_size = restore_checkpoint(out, settings, state)
     else:
-        for name in ("checkpoint.pt", "losses.csv", "samples"):
-            if (out / name).exists():
-                raise ValueError(f"{out} holds a run already; continue it with --resume, or choose "
-                                 "another --out")
-        out.mkdir(parents=True, exist_ok=True)
         epochs_done, log_size = 0, 0
-        save_checkpoint(out, epochs_done, log_size, settings, state)
+        out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(out, epochs_done, log_size, settings, state)  # to resume even epoch 1
 
     (out / "samples").mkdir(exist_ok=True)
-    with open(out / "losses.csv", "a") as log:
-        if log.tell() < log_size:
-            raise ValueError(f"{log.name} is shorter than it was after epoch {epochs_done}; "
+    with open(out / "losses.csv", "a") as file:
+        if file.tell() < log_size:
+            raise ValueError(f"{out}/losses.csv is shorter than it was after epoch {epochs_done}; "
                              "put back the rows that are missing, or choose another --out")
-        log.truncate(log_size)  # without the rows of an epoch that was not finished
+        file.truncate(log_size)  # removes the rows of an unfinished epoch
         if log_size == 0:
-            log.write(",".join(COLUMNS) + "\n")
+            file.write(",".join(COLUMNS) + "\n")
     return epochs_done
 
 
 def save_checkpoint(out, epoch, log_size, settings, state):
-    """Write generator.pt, which sample.py can use, and checkpoint.pt, which --resume needs, too."""
+    """Write generator.pt, all that sample.py needs, and checkpoint.pt, all that --resume needs."""
     checkpoint = {"epoch": epoch, "log_size": log_size, "settings": settings}
     for name, part in state.items():
         checkpoint[name] = part.state_dict()
@@ -220,9 +232,9 @@ def save_checkpoint(out, epoch, log_size, settings, state):
 
 
 def save_atomically(content, path):
-    """torch.save that leaves the old file as it was, should it be stopped or the disk be full."""
+    """Like torch.save, but if it is interrupted or the disk is full, the old file remains."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer)  # writing to the disk itself, it would not raise OSError
     partial = path.with_suffix(".partial")
     try:
         partial.write_bytes(buffer.getbuffer())
@@ -232,16 +244,16 @@ def save_atomically(content, path):
 
 
 def restore_checkpoint(out, settings, state):
-    """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and log_size.
+    """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and its log_size.
 
-    ValueError if it does not fit the networks or contradicts the settings.
+    Raises ValueError if it does not fit the networks, or if it contradicts the settings.
     """
     path = out / "checkpoint.pt"
     checkpoint = load_checkpoint(path)
     try:
         epoch = checkpoint["epoch"]
         log_size = checkpoint["log_size"]
-        saved = checkpoint["settings"]
+        saved = {name: checkpoint["settings"][name] for name in settings}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
@@ -253,7 +265,8 @@ def restore_checkpoint(out, settings, state):
             raise ValueError(f"{option} {value} contradicts the run in {out}, which has {option} "
                              f"{saved[name]}; leave {option} out, or begin another run with --out")
     if epoch > settings["epochs"]:
-        raise ValueError(f"--epochs {settings['epochs']}: the run in {out} has {epoch} already")
+        raise ValueError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch}; "
+                         "give a larger number to continue it")
     return epoch, log_size
 
 
@@ -298,27 +311,32 @@ def parse_arguments():
                         help="continue the run in --out, with its settings")
     arguments = parser.parse_args()
     if arguments.resume:
-        # What was not typed comes from the run. What was typed is compared with it in train().
-        checkpoint = load_checkpoint(Path(arguments.out) / "checkpoint.pt")
-        parser.set_defaults(**checkpoint.get("settings", {}))
-        arguments = parser.parse_args()
+        # Parse again, with the settings of the run as defaults. Only what was typed can then differ
+        # from them, and train() compares.
+        settings = load_checkpoint(Path(arguments.out) / "checkpoint.pt").get("settings")
+        if isinstance(settings, dict):
+            parser.set_defaults(**settings)
+            arguments = parser.parse_args()
     return arguments
 
 
 def how_to_continue(arguments):
     checkpoint = Path(arguments.out) / "checkpoint.pt"
     if not checkpoint.exists():
-        return "nothing was saved yet; the same command begins again"
+        return "nothing was saved yet; run the same command again"
     command = ["python", "train.py", "--resume", "--epochs", str(arguments.epochs),
                "--device", arguments.device, "--out", arguments.out]
-    return f"{checkpoint} has the last finished epoch; continue with: {shlex.join(command)}"
+    return f"all finished epochs are in {checkpoint}; continue with: {shlex.join(command)}"
 
 
 def main():
     try:
         arguments = parse_arguments()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt again
-        train(**vars(arguments))
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C raises KeyboardInterrupt
+    try:
+        train(**vars(arguments))  # each option is an argument of train()
     except KeyboardInterrupt:
         print(f"train.py: stopped; {how_to_continue(arguments)}", file=sys.stderr)
         sys.exit(130)

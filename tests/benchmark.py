@@ -36,7 +36,7 @@ CACHE = Path(tempfile.gettempdir()) / "gan_benchmark_classifier.pt"
 EXPERIMENTS = {
     "as it is": [],
     "no R1 penalty": [
-        ("train.py", "with_r1=step % R1_INTERVAL == 0", "with_r1=False"),
+        ("gan.py", "if step % R1_INTERVAL == 0:", "if False:"),
     ],
     "no running average": [
         ("train.py", "            update_average(average, generator, step)\n",
@@ -56,13 +56,13 @@ def finish(device):
 
 
 class Training:
-    """The networks of a training, and its step, with one thing done differently."""
+    """The networks of a training, and its steps, with one thing done differently."""
 
-    def __init__(self, device, images, bfloat16=True, r1_interval=gan.R1_INTERVAL):
+    def __init__(self, device, images, bfloat16=True, r1="in some steps"):
         self.device = device
         self.images = images
         self.bfloat16 = bfloat16
-        self.r1_interval = r1_interval
+        self.r1 = r1
         self.generator = gan.Generator().to(device)
         self.discriminator = gan.Discriminator().to(device)
         self.average = copy.deepcopy(self.generator)
@@ -71,25 +71,29 @@ class Training:
 
     def run(self, steps):
         for step in range(1, steps + 1):
-            batch = torch.randint(len(self.images), (train.BATCH_SIZE,), device=self.device)
-            real = self.images[batch].float() / 127.5 - 1
+            if self.r1 == "never":
+                step = 1
+            if self.r1 == "in every step":
+                step = gan.R1_INTERVAL
+            indices = torch.randint(len(self.images), (train.BATCH_SIZE,), device=self.device)
+            real = self.images[indices].float() / 127.5 - 1
             context = contextlib.nullcontext()
             if self.bfloat16:
                 context = train.precision(self.device)
             with context:
                 gan.adversarial_step(self.generator, self.discriminator, self.g_optimizer,
-                                     self.d_optimizer, real, with_r1=step % self.r1_interval == 0)
+                                     self.d_optimizer, real, step)
             gan.update_average(self.average, self.generator, step)
 
 
 def measure_speed(device, rounds):
     """Print images per second of train.py's step, and of variants, all measured in turns."""
-    images = train.load_images().to(device)
+    images = train.load_images(train.SHIPPED_DATA).to(device)
     trainings = {
         "as train.py does it": Training(device, images),
         "float32 in place of bfloat16": Training(device, images, bfloat16=False),
-        "R1 penalty in every step": Training(device, images, r1_interval=1),
-        "no R1 penalty": Training(device, images, r1_interval=10**9),
+        "R1 penalty in every step": Training(device, images, r1="in every step"),
+        "no R1 penalty": Training(device, images, r1="never"),
     }
     seconds = {name: [] for name in trainings}
     for training in trainings.values():
@@ -127,7 +131,7 @@ class Classifier(nn.Module):
 
 
 def to_input(digits):
-    return digits.unsqueeze(1).float() / 127.5 - 1
+    return digits.view(-1, 1, 28, 28).float() / 127.5 - 1
 
 
 def load_classifier(digits, labels, epochs=3):

@@ -48,7 +48,7 @@ def test_numpy_file_holds_the_digits(cli, checkpoint, generator):
         assert (status, err) == (0, "") and str(checkpoint) in out
         digits = numpy.load(name)
         assert digits.dtype == numpy.uint8
-        assert numpy.array_equal(digits, sample.sample_digits(generator, 12, 2))
+        assert numpy.array_equal(digits, sample.sample_digits(generator, 12, 2).squeeze(1))
 
 
 @pytest.mark.parametrize("count, columns, rows", [
@@ -62,16 +62,16 @@ def test_picture_is_a_grid_as_square_as_possible(cli, checkpoint, generator, cou
     assert picture.shape == ((28 + border) * rows + border, (28 + border) * columns + border)
     top = border + (28 + border) * ((count - 1) // columns)
     left = border + (28 + border) * ((count - 1) % columns)
-    last = sample.sample_digits(generator, count)[-1]
+    last = sample.sample_digits(generator, count)[-1, 0]
     assert numpy.array_equal(picture[top:top + 28, left:left + 28], last)
 
 
 def test_interpolation_changes_the_noise_smoothly_and_comes_back(generator):
     frames = sample.interpolate(generator, 3, seed=5).float()
-    assert frames.shape == (sample.FRAMES, 3, 28, 28)
+    assert frames.shape == (sample.FRAMES, 3, 1, 28, 28)
 
     def change(distance):
-        return (frames - frames.roll(distance, dims=0)).square().mean((2, 3)).sqrt()
+        return (frames - frames.roll(distance, dims=0)).square().mean((2, 3, 4)).sqrt()
 
     assert (change(1) > 0).all()  # the first frame is compared with the last one
     assert change(1).max() < change(sample.FRAMES // 2).max() / 3
@@ -85,20 +85,21 @@ def test_animation_shows_the_interpolation_for_ever(cli, checkpoint, generator):
     for number in (0, 1, sample.FRAMES - 1):
         picture.seek(number)
         pixels = numpy.array(picture.convert("L"))
-        assert numpy.array_equal(pixels[2:30, 32:60], frames[number, 1])
+        assert numpy.array_equal(pixels[2:30, 32:60], frames[number, 1, 0])
 
 
 def test_shipped_generator_is_taken_until_there_is_a_run_of_ones_own(cli):
     shipped = sample.load_generator()
     status, out, _ = cli(sample, "--out", "digits.npy")
     assert status == 0 and "results/generator.pt" in out
-    assert numpy.array_equal(numpy.load("digits.npy"), sample.sample_digits(shipped, 100))
+    expected = sample.sample_digits(shipped, 100).squeeze(1)
+    assert numpy.array_equal(numpy.load("digits.npy"), expected)
     own = Generator()
     Path("out").mkdir()
     torch.save({"average": own.state_dict()}, "out/checkpoint.pt")
     status, out, _ = cli(sample, "--out", "digits.npy")
     assert status == 0 and "out/checkpoint.pt" in out
-    assert numpy.array_equal(numpy.load("digits.npy"), sample.sample_digits(own, 100))
+    assert numpy.array_equal(numpy.load("digits.npy"), sample.sample_digits(own, 100).squeeze(1))
 
 
 def test_cells_of_the_readme_run_in_a_notebook(monkeypatch, tmp_path):

@@ -18,7 +18,6 @@ from PIL import Image
 
 import train
 from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx
-from gan import R1_INTERVAL
 from plot_losses import COLUMNS, read_log
 
 STEPS = 25  # per epoch: 102 images in batches of 4
@@ -41,18 +40,15 @@ def short(tmp_path, data):
 
 
 def at_step(monkeypatch, number, action):
-    """Call action(generator) once, after the training step of this number from now on."""
-    steps = []
-
-    def step(generator, *others, **options):
-        losses = real_step(generator, *others, **options)
-        steps.append(1)
-        if len(steps) == number:
+    """Call action(generator) after the training step of this number."""
+    def adversarial_step(generator, *others):
+        losses = original(generator, *others)
+        if others[-1] == number:
             action(generator)
         return losses
 
-    real_step = train.adversarial_step
-    monkeypatch.setattr(train, "adversarial_step", step)
+    original = train.adversarial_step
+    monkeypatch.setattr(train, "adversarial_step", adversarial_step)
 
 
 def press_ctrl_c(*_):
@@ -109,16 +105,16 @@ def test_terminal_shows_a_bar_with_speed_time_left_and_losses(cli, data, tmp_pat
 
 def test_epoch_shows_each_image_once_in_the_range_of_tanh_and_logs_mean_losses(
         data, tmp_path, monkeypatch):
-    batches, with_r1, losses = [], [], []
+    batches, steps, losses = [], [], []
 
-    def step(*arguments, **options):
-        batches.append(arguments[-1].clone())
-        with_r1.append(options["with_r1"])
-        losses.append(real_step(*arguments, **options))
+    def adversarial_step(*arguments):
+        batches.append(arguments[-2].clone())
+        steps.append(arguments[-1])
+        losses.append(original(*arguments))
         return losses[-1]
 
-    real_step = train.adversarial_step
-    monkeypatch.setattr(train, "adversarial_step", step)
+    original = train.adversarial_step
+    monkeypatch.setattr(train, "adversarial_step", adversarial_step)
     train.train(epochs=2, device="cpu", batch_size=4, data=data, out=tmp_path / "out")
     images = train.load_images(data).float() / 127.5 - 1
     orders = []
@@ -127,7 +123,7 @@ def test_epoch_shows_each_image_once_in_the_range_of_tanh_and_logs_mean_losses(
         orders.append([(image == images).all((1, 2, 3)).nonzero().item() for image in shown])
         assert len(set(orders[-1])) == 4 * STEPS
     assert orders[0] != orders[1]
-    assert with_r1 == [step % R1_INTERVAL == 0 for step in range(1, 2 * STEPS + 1)]
+    assert steps == list(range(1, 2 * STEPS + 1))
     log = read_log(tmp_path / "out" / "losses.csv")
     for row, (start, end) in enumerate([(0, 20), (20, 25), (25, 45), (45, 50)]):
         means = torch.stack(losses[start:end]).mean(0).tolist()
@@ -245,7 +241,7 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(cli, short, monk
         next(generator.parameters()).data.fill_(math.nan)
 
     before = contents(short)
-    at_step(monkeypatch, STEPS, poison)
+    at_step(monkeypatch, 2 * STEPS, poison)
     status, _, err = cli(train, "--resume", "--epochs", 2, "--out", short, "--device", "cpu")
     assert status == 1 and "diverged in epoch 2" in err
     for name in ("checkpoint.pt", "generator.pt"):
