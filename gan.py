@@ -145,16 +145,16 @@ class Discriminator(nn.Module):
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
 
-            nn.Conv2d(32, 64, 3, padding=1, bias=False),                      # (N, 64, 7, 7)
-            nn.BatchNorm2d(64),
+            nn.Conv2d(32, 96, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
+            nn.BatchNorm2d(96),
             nn.LeakyReLU(0.2),
 
-            nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),           # (N, 128, 4, 4)
-            nn.BatchNorm2d(128),
+            nn.Conv2d(96, 192, 3, stride=2, padding=1, bias=False),           # (N, 192, 4, 4)
+            nn.BatchNorm2d(192),
             nn.LeakyReLU(0.2),
 
-            nn.Flatten(),                                                     # (N, 2048)
-            nn.Linear(128 * 4 * 4, 1),                                        # (N, 1)
+            nn.Flatten(),                                                     # (N, 3072)
+            nn.Linear(192 * 4 * 4, 1),                                        # (N, 1)
             nn.Flatten(0),                                                    # (N,)
         )
         self.apply(init_weights)
@@ -205,7 +205,7 @@ def generator_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
-R1_GAMMA = 0.01   # the weight of the penalty
+R1_GAMMA = 0.03   # the weight of the penalty
 R1_INTERVAL = 16  # the penalty is added in one of so many steps
 
 

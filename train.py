@@ -42,8 +42,8 @@ from gan import (
 from plot_losses import COLUMNS, plot
 
 EPOCHS = 8             # passes over the images
-BATCH_SIZE = 128       # images per step
-LEARNING_RATE = 0.0015 # DCGAN's is 0.0002; small networks like these learn faster with more
+BATCH_SIZE = 64        # images per step
+LEARNING_RATE = 0.001  # DCGAN's is 0.0002; small networks like these learn faster with more
 LOG_EVERY = 20         # a row of losses.csv is the mean over so many steps
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 
