@@ -32,19 +32,36 @@ from sample import load_generator, sample_digits
 
 CACHE = Path(tempfile.gettempdir()) / "gan_benchmark_classifier.pt"
 
-# Each experiment is a list of edits: a file, a text that stands there once, and what replaces it.
+# The experiments and failures of the README. Each is a list of edits: a file, a text that stands
+# there once, and the text that replaces it.
 EXPERIMENTS = {
     "as it is": [],
-    "no R1 penalty": [
-        ("gan.py", "if step % R1_INTERVAL == 0:", "if False:"),
-    ],
-    "no running average": [
-        ("train.py", "            update_average(average, generator, step)\n",
-         "            average.load_state_dict(generator.state_dict())\n"),
+    "saturating loss": [
+        ("gan.py", "    return F.binary_cross_entropy_with_logits(fake_logits, real_labels)\n",
+         "    return -F.binary_cross_entropy_with_logits(fake_logits, 1 - real_labels)\n"),
     ],
     "no category": [
         ("gan.py", "N_CATEGORIES = 10 ", "N_CATEGORIES = 1 "),
         ("gan.py", "NOISE_DIM = 54", "NOISE_DIM = 63"),
+    ],
+    "no running average": [
+        ("train.py", "update_average(average, generator, step)",
+         "average.load_state_dict(generator.state_dict())"),
+    ],
+    "no R1 penalty": [
+        ("gan.py", "if step % R1_INTERVAL == 0:", "if False:"),
+    ],
+    "discriminator learns faster": [
+        ("train.py", "make_optimizer(discriminator, lr)", "make_optimizer(discriminator, 30 * lr)"),
+    ],
+    "generator learns faster": [
+        ("train.py", "make_optimizer(generator, lr)", "make_optimizer(generator, 30 * lr)"),
+    ],
+    "learning rate 0.1": [
+        ("train.py", "LEARNING_RATE = 0.001 ", "LEARNING_RATE = 0.1 "),
+    ],
+    "real images in another range": [
+        ("train.py", "images[indices].float() / 127.5 - 1", "images[indices].float() / 255"),
     ],
 }
 
@@ -237,6 +254,12 @@ def measure_quality(checkpoints):
         scorer.score(path, sample_digits(load_generator(path), 10_000, seed=1))
 
 
+def copy_program(folder):
+    folder.mkdir(parents=True)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+
+
 def apply(edits, folder):
     for name, old, new in edits:
         path = folder / name
@@ -249,9 +272,7 @@ def apply(edits, folder):
 def run_experiment(name, epochs, seed, out):
     """Apply an experiment's edits to a copy of the program in `out`, train it, and sample."""
     folder = out / f"{name.replace(' ', '_')}_seed_{seed}"
-    folder.mkdir(parents=True)
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
+    copy_program(folder)
     apply(EXPERIMENTS[name], folder)
     call(folder, "train.py", "--epochs", str(epochs), "--seed", str(seed),
          "--data", str(train.SHIPPED_DATA))

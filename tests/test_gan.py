@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import benchmark
 import gan
 from conftest import blobs
 from gan import (LATENT_DIM, N_CATEGORIES, R1_GAMMA, R1_INTERVAL, Discriminator, Generator,
@@ -221,3 +222,11 @@ def test_generating_changes_nothing_in_the_generator(generator, training):
     generate(generator, sample_latent(9))
     assert all(layer.training == training for layer in generator.modules())
     assert equal(generator.state_dict().values(), before.values())
+
+
+def test_every_experiment_of_the_benchmark_still_applies_to_the_program(tmp_path):
+    for name, edits in benchmark.EXPERIMENTS.items():
+        benchmark.copy_program(tmp_path / name)
+        benchmark.apply(edits, tmp_path / name)
+        for script in (tmp_path / name).glob("*.py"):
+            compile(script.read_text(encoding="utf-8"), script.name, "exec")
