@@ -14,10 +14,11 @@ describes both goals by one number, the value function V (equation 1). E[...] is
 D is trained to make V large, and G is trained to make V small. (In practice G has a slightly
 different loss, for a reason that generator_loss explains.)
 
-Nobody tells G what a digit looks like. All that G learns from is a gradient that comes back through
-D. It tells, for each pixel of a fake, in which direction to change it so that D rates the fake as
-more real. D must not become too good for that: if it separates the images too easily, its output
-hardly changes with the pixels, and the gradient carries almost no information.
+Nobody shows G a digit. All that G learns from is a gradient that comes back through D. For each
+pixel of a fake, it shows how the pixel would have to change for D to rate the fake as more real.
+For this gradient to be useful, D must stay smooth. If D separates real images and fakes too easily,
+its logit (the number before the final sigmoid) hardly changes with the pixels, and no loss of G can
+make up for that.
 
 What is the goal? For a fixed G, the best possible D is p_data(x) / (p_data(x) + p_G(x)), where
 p_data and p_G say how likely the image x is among real images and among fakes (Proposition 1). For
@@ -48,9 +49,9 @@ def sample_latent(count, device="cpu", random=None):
     Most GANs have only the noise. But a network is a continuous function: it turns similar z into
     similar images. That suits slant and stroke width, which vary continuously. It does not suit the
     ten digits. There is no digit between a 3 and a 0, but on the way from one to the other, G would
-    have to draw something (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). With a category, G
-    can switch from one kind of digit to another. Training uses no labels, and no loss demands that
-    a category be a digit. But each one comes to stand for one digit, or for a few similar ones.
+    have to draw something (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). With a category, z
+    itself jumps: no z lies between two categories. Training uses no labels, and no loss demands
+    that a category be a digit. But each comes to stand for one digit, or for a few similar ones.
 
     InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has a similar latent vector and an
     additional loss, which is not needed here.
@@ -64,30 +65,32 @@ def sample_latent(count, device="cpu", random=None):
 class Generator(nn.Module):
     """Maps latent vectors z (N, LATENT_DIM) to images (N, 1, 28, 28) with values in [-1, 1].
 
-    The network begins with 4x4 pixels and many channels. It enlarges the picture three times, to
+    The network begins with 4x4 pixels and many channels. In three steps it enlarges the picture, to
     7x7, 14x14 and 28x28 pixels, and reduces the channels.
 
     ConvTranspose2d is an upscaling that is learned. Each input pixel adds one copy of the kernel,
     multiplied by that pixel, to the output. The copies lie `stride` pixels apart and overlap. In
-    the last two upscalings the kernel size 4 is a multiple of the stride 2, so that equally many
-    copies overlap everywhere. With size 3 or 5, a checkerboard would show in the image (Odena et
-    al. 2016, distill.pub/2016/deconv-checkerboard). The first one takes size 3 to get from 4 pixels
-    to 7. The other way to upscale, repeating pixels before a convolution, needs more arithmetic.
+    the last two upscalings the kernel size 4 is a multiple of the stride 2, so that the same number
+    of copies overlaps at every pixel, but for the border. With size 3 or 5, a checkerboard pattern
+    would show in the image (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). The first one
+    has size 3, to get from 4 pixels to 7; the layers after it can smooth the pattern out. The other
+    way to upscale, repeating pixels before a convolution, needs more arithmetic.
 
     BatchNorm2d brings each channel to mean 0 and variance 1, over all pixels of all images of the
     batch. Then it applies a scale and a shift that are learned. Without it, the early layers may
     map all z to nearly the same values, and G draws the same image whatever z is (Radford et al.
-    2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A layer that is followed by batch
-    norm has no bias, because subtracting the mean would cancel the bias. There is no batch norm at
-    the end: it would force the same brightness and contrast on every batch.
+    2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A layer before batch norm needs no
+    bias, because subtracting the mean would cancel it. There is no batch norm at the end: it would
+    force the same brightness and contrast on every batch.
 
     ReLU is DCGAN's choice for G. Why D has LeakyReLU is explained there.
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
-    white (1), and any large input of tanh gives nearly these values. A sigmoid, with real images in
-    [0, 1], is the same curve at another scale, with half the slope for its range. Tanh is DCGAN's
-    choice. What matters most is that real images and fakes have the same range.
+    white (1), and any large input of tanh gives nearly these values. One could also take a sigmoid,
+    with real images in [0, 1]. As sigmoid(x) = (tanh(x / 2) + 1) / 2, it is the same curve, but
+    relative to its range only half as steep. What matters is that fakes and real images have the
+    same range.
     """
 
     def __init__(self):
@@ -128,8 +131,9 @@ class Discriminator(nn.Module):
     LeakyReLU(0.2) keeps a fifth of the gradient where its input is negative. ReLU would keep
     nothing, and no gradient would reach G by way of that value.
 
-    BatchNorm2d makes the output for one image depend on the whole batch. If the fakes of a batch
-    are all alike ("mode collapse"), D can notice it. As in DCGAN, the first convolution has none.
+    BatchNorm2d makes the output for one image depend a little on the whole batch. If the fakes of a
+    batch are all alike ("mode collapse"), D may notice it. As in DCGAN, the first convolution has
+    no batch norm.
 
     The third convolution has stride 1. Thanks to it, a value after the fourth one depends on 26x26
     pixels of the image, enough to see a whole digit. Without it, it would depend on 18x18 pixels.
@@ -160,14 +164,15 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images):
-        return self.layers(images).float()  # train.py may run the layers in bfloat16, but no loss
+        return self.layers(images).float()  # for the losses, if the layers compute in bfloat16
 
 
 def init_weights(module):
     """Draw the weights of convolutions from N(0, 0.02^2), as DCGAN does (section 4).
 
     This matters most for G's last convolution, which no batch norm follows. With small weights, the
-    first fakes are a nearly even grey. There tanh is steep, and G learns fast.
+    first fakes are a nearly even grey, that is, near 0, where tanh is steepest. Linear layers keep
+    PyTorch's own small weights.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -179,7 +184,8 @@ def discriminator_loss(real_logits, fake_logits):
     Takes logits of shape (N,), and returns a scalar. In code, both terms are binary cross-entropy
     (BCE). It is -log D for images with the label 1, and -log(1 - D) for images with the label 0.
 
-    If D outputs 0.5 for every image, the loss is -log 0.5 - log 0.5 = 2 log 2 = 1.386.
+    If D outputs 0.5 for every image, the loss is -log 0.5 - log 0.5 = 2 log 2 = 1.386. (log is the
+    natural logarithm.)
     """
     real_labels = torch.ones_like(real_logits)
     fake_labels = torch.zeros_like(fake_logits)
@@ -206,7 +212,7 @@ def generator_loss(fake_logits):
 
 
 R1_GAMMA = 0.03   # the weight of the penalty
-R1_INTERVAL = 16  # the penalty is added in one of so many steps
+R1_INTERVAL = 16  # the penalty is added once every so many steps
 
 
 def r1_penalty(discriminator, real):
@@ -215,14 +221,15 @@ def r1_penalty(discriminator, real):
     Takes real images (N, 1, 28, 28). Returns R1_GAMMA / 2 times the mean, over these images, of the
     squared length of the gradient of D's logit with respect to the pixels.
 
-    Without the penalty, D learns the real images by heart in the course of time. Its logit then
-    drops steeply beside them and is flat around the fakes, where G needs a gradient. The penalty
-    adds to D's loss where its logit is steep, and keeps D smooth.
+    Training can oscillate without end when D is steep at the real images, even once G matches them
+    (section 2 of that paper). Also, D may memorise the real images over time: its logit then falls
+    steeply around each of them and is flat near the fakes, where G needs a gradient. The penalty
+    adds to D's loss where the logit is steep, and so keeps D smooth.
     """
     real = real.detach().requires_grad_()  # another tensor, so that the caller's stays as it is
     logits = discriminator(real)
     # Each logit depends on its own image, so the gradient of the sum contains the gradients of all
-    # N logits at once. (Only batch norm carries a little from one image to another.) create_graph
+    # N logits at once, apart from the little that batch norm carries between images. create_graph
     # is needed because D's update differentiates this gradient once more.
     gradient = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]  # (N, 1, 28, 28)
     squared_norm = gradient.square().sum(dim=(1, 2, 3))                       # (N,)
@@ -269,8 +276,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 
     # The generator's update. The paper (Algorithm 1) draws new fakes for it, but the same ones will
     # do, since G has not changed. D has changed, so it is applied to them again. The gradient goes
-    # through D back into G. `inputs` says that only G's weights need theirs. D's weights would get
-    # gradients, too, but nobody would use them.
+    # through D back into G. `inputs` restricts the gradients to G's weights: those of D's weights
+    # would not be used.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     g_loss.backward(inputs=list(generator.parameters()))
@@ -285,14 +292,14 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 def update_average(average, generator, step):
     """Update `average`, the running average of the generator's weights. `step` counts from 1.
 
-    GAN training does not come to rest. It moves G around a good solution, and the weights after any
-    one step are one point of that path. Their average lies nearer to its centre (Yazici et al.
-    2018, arxiv.org/abs/1806.04498). Samples are made with the average. Training never uses it.
+    GAN training does not converge to a point: G's weights keep circling around a good solution.
+    Their average lies nearer to the centre of the circle (Yazıcı et al. 2018,
+    arxiv.org/abs/1806.04498). Samples are made with the average. Training never uses it.
 
-    The newest weights have the share 10 / (step + 9) in the average: all of it in step 1, and less
-    in every later step. Two thirds of the average come from the last tenth of the steps so far.
+    The newest weights enter with the share 10 / (step + 9): all of the average in step 1, and less
+    in every later step. Two thirds of the average comes from the last tenth of the steps so far.
     This is called polynomial-decay averaging. More common is the exponential moving average (EMA),
-    where the share is the same in all steps. It has to be chosen to fit the length of the training.
+    where the share is constant. That constant has to be matched to the length of the training.
 
     The running statistics of batch norm are averaged, too, because they belong to the weights.
     """
@@ -322,10 +329,14 @@ def generate(generator, z):
 # The rest is not about GANs. It is what train.py and sample.py share.
 
 
+class InputError(ValueError):
+    """A mistake in what the user gave. The scripts print its text, and no traceback."""
+
+
 def pick_device(name):
     """The torch.device with a name such as 'cpu', 'cuda', 'cuda:1' or 'mps'.
 
-    'auto' is the first of CUDA, MPS and the CPU that this machine has. Raises ValueError if the
+    'auto' is the first of CUDA, MPS and the CPU that this machine has. Raises InputError if the
     machine has no such device.
     """
     if name == "auto":
@@ -337,8 +348,8 @@ def pick_device(name):
             name = "cpu"
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError):  # an unknown name, or a device that is absent
-        raise ValueError(f"--device {name}: PyTorch finds no such device here; "
+    except (AssertionError, ImportError, RuntimeError):  # an unknown name, or an absent device
+        raise InputError(f"--device {name}: PyTorch finds no such device here; "
                          "try --device cpu") from None
     return torch.device(name)
 
@@ -346,9 +357,9 @@ def pick_device(name):
 def load_checkpoint(path):
     """The dictionary that train.py saved at `path`, with its tensors on the CPU.
 
-    Raises OSError if the file cannot be read, and ValueError if it is not such a checkpoint.
+    Raises OSError if the file cannot be read, and InputError if it is not such a checkpoint.
     """
-    problem = ValueError(f"{path} is not a checkpoint of this program, or it is damaged")
+    problem = InputError(f"{path} is not a checkpoint of this program, or it is damaged")
     try:
         # Without weights_only, loading a file from a stranger could run any code that is in it.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

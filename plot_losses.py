@@ -14,7 +14,7 @@ BLUE = "#0072B2"  # these two can be told apart by colour-blind readers
 ORANGE = "#D55E00"
 
 
-def plot(csv_path="out/losses.csv", out="out/losses.png"):
+def plot(csv_path, out):
     """Draw the loss log `csv_path` into the picture `out`, and return the matplotlib Figure.
 
     Raises ValueError if it is not a loss log or the type of the picture is unknown, and OSError if
@@ -22,6 +22,9 @@ def plot(csv_path="out/losses.csv", out="out/losses.png"):
     """
     from matplotlib.figure import Figure  # here, because this import takes half a second
 
+    out = Path(out)
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--out {out}: take a name that ends in .png, .svg or .pdf")
     log = read_log(csv_path)
     x = log["step"]
     x_label = "step"
@@ -39,7 +42,7 @@ def plot(csv_path="out/losses.csv", out="out/losses.png"):
     losses.axhline(2 * math.log(2), color=BLUE, linestyle=":", linewidth=1)
     losses.axhline(math.log(2), color=ORANGE, linestyle=":", linewidth=1)
     losses.set_ylabel("loss (dotted: 2 ln 2, ln 2)")
-    if min(log["g_loss"]) >= 0:  # the saturating loss, which README.md tries, is negative
+    if min(log["g_loss"]) >= 0:  # log(1 - D(G(z))), the saturating loss, is negative
         losses.set_ylim(bottom=0)
 
     draw_curve(outputs, x, log["d_real"], "D(x), real images", BLUE)
@@ -52,10 +55,6 @@ def plot(csv_path="out/losses.csv", out="out/losses.png"):
         axes.legend(loc="upper right")
         axes.grid(alpha=0.2)
 
-    out = Path(out)
-    if out.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"--out {out}: unknown type of picture; "
-                         "take a name that ends in .png, .svg or .pdf")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     return figure
@@ -80,7 +79,7 @@ def smooth(values, radius):
 def read_log(path):
     """Read a loss log: a dictionary with a list of numbers for each of COLUMNS."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file") from None
     lines.pop()  # what follows the last newline: nothing, or a row that is still being written
@@ -101,9 +100,10 @@ def read_log(path):
 
 
 def parse_row(line):
-    epoch, step, d_loss, g_loss, d_real, d_fake = line.split(",")
-    row = [int(epoch), int(step), float(d_loss), float(g_loss), float(d_real), float(d_fake)]
-    if row[0] < 1 or row[1] < 1:
+    row = [float(field) for field in line.split(",")]
+    if len(row) != len(COLUMNS):
+        raise ValueError("another number of columns")
+    if not 1 <= row[0] < math.inf or not 1 <= row[1] < math.inf:
         raise ValueError("epochs and steps count from 1")
     return row
 
@@ -112,9 +112,11 @@ def main():
     parser = argparse.ArgumentParser(description="Plot the loss log of a run.")
     parser.add_argument("--csv", default="out/losses.csv",
                         help="the log that train.py wrote (default: %(default)s)")
-    parser.add_argument("--out", default="out/losses.png",
-                        help="the picture to write: .png, .svg or .pdf (default: %(default)s)")
+    parser.add_argument("--out",
+                        help="the picture: .png, .svg or .pdf (default: losses.png beside the log)")
     arguments = parser.parse_args()
+    if arguments.out is None:
+        arguments.out = Path(arguments.csv).with_name("losses.png")
     try:
         plot(arguments.csv, arguments.out)
     except (OSError, ValueError) as error:

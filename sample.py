@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid, save_image
 
-from gan import N_CATEGORIES, Generator, generate, load_checkpoint, pick_device, sample_latent
+from gan import (
+    N_CATEGORIES,
+    Generator,
+    InputError,
+    generate,
+    load_checkpoint,
+    pick_device,
+    sample_latent,
+)
 
 BATCH_SIZE = 100  # digits generated at a time
 FRAMES = 60       # of an animation
@@ -22,12 +30,15 @@ SHIPPED_GENERATOR = Path(__file__).resolve().parent / "results" / "generator.pt"
 
 
 def load_generator(path=SHIPPED_GENERATOR, device="cpu"):
-    """The averaged generator of a checkpoint.pt or a generator.pt. ValueError if it is neither."""
+    """Load the averaged generator from a checkpoint.pt or a generator.pt.
+
+    Raises InputError if the file is neither, or if it does not fit the Generator in gan.py.
+    """
     generator = Generator()
     try:
         generator.load_state_dict(load_checkpoint(path)["average"])
     except (AttributeError, RuntimeError, TypeError):
-        raise ValueError(f"{path} does not fit the Generator in gan.py: it was saved by another "
+        raise InputError(f"{path} does not fit the Generator in gan.py: it was saved by another "
                          "version of that file, or by an edited one") from None
     return generator.to(device)
 
@@ -38,12 +49,16 @@ def sample_digits(generator, count, seed=0):
     They are generated in whole batches, so that a digit does not depend on how many are wanted:
     in a batch of another size, PyTorch may round the sums of a convolution differently.
     """
-    random = torch.Generator().manual_seed(seed)
     batches = []
-    for _ in range(0, count, BATCH_SIZE):
-        z = sample_latent(BATCH_SIZE, random=random)
+    for z in sample_batches(count, seed):
         batches.append(generate(generator, z))
     return torch.cat(batches)[:count]
+
+
+def sample_batches(count, seed):
+    """Latent vectors for at least `count` digits, in a list of whole batches."""
+    random = torch.Generator().manual_seed(seed)
+    return [sample_latent(BATCH_SIZE, random=random) for _ in range(0, count, BATCH_SIZE)]
 
 
 def interpolate(generator, count, seed=0):
@@ -52,13 +67,12 @@ def interpolate(generator, count, seed=0):
     The noise of each digit moves on a circle, cos(t) * a + sin(t) * b. Because cos² + sin² = 1, all
     points of the circle are normal noise, as in training. On a straight line from a to b, the noise
     would be shorter half-way than nearly all noise that G was trained with. The category does not
-    change, because G draws nothing between two categories. As a category may hold several digits,
-    a 4 can turn into a 9 all the same.
+    change, because G was never trained with anything between two categories. A category may hold
+    several similar digits, so a 4 can turn into a 9 all the same.
     """
-    random = torch.Generator().manual_seed(seed)
-    z = sample_latent(count, random=random)
+    z = torch.cat(sample_batches(count, seed))[:count]  # the first frame: as in sample_digits
     a = z[:, N_CATEGORIES:].clone()
-    b = sample_latent(count, random=random)[:, N_CATEGORIES:]
+    b = torch.cat(sample_batches(count, seed + 1))[:count, N_CATEGORIES:]
     frames = []
     for frame in range(FRAMES):
         t = 2 * math.pi * frame / FRAMES
@@ -128,7 +142,7 @@ def main():
                 numpy.save(file, digits.squeeze(1).numpy())
         else:
             save_grid(sample_digits(generator, arguments.count, arguments.seed), out)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"sample.py: {error}")
     print(f"{out}: {arguments.count} digits by the generator in {arguments.checkpoint}, "
           f"seed {arguments.seed}")

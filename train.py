@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from gan import (
     Discriminator,
     Generator,
+    InputError,
     adversarial_step,
     generate,
     load_checkpoint,
@@ -53,9 +54,9 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     """Train a GAN, write the files of the run into the folder `out`, and return the averaged G.
 
     data: a folder with images. None means the MNIST files that come with this repository.
-    resume: continue the run in `out` until it has `epochs` epochs.
+    resume: continue the run in `out`, with the same arguments, until it has `epochs` epochs.
 
-    Raises ValueError for invalid arguments and unsuitable files, OSError for files that cannot be
+    Raises InputError for invalid arguments and unsuitable files, OSError for files that cannot be
     read or written, and FloatingPointError if the training diverges.
     """
     out = Path(out)
@@ -63,7 +64,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     if not resume:
         refuse_to_overwrite(out)
     if data is not None:
-        data = str(data)  # load_checkpoint() would refuse a Path
+        data = str(Path(data).resolve())  # the same from every folder
     device = pick_device(device)
     images = load_images(data or SHIPPED_DATA).to(device)             # uint8 (60000, 1, 28, 28)
     steps_per_epoch = count_steps(images, batch_size)
@@ -94,8 +95,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
             step += 1
             real = images[indices].float() / 127.5 - 1                # from [0, 255] to [-1, 1]
             with precision(device):
-                losses = adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real,
-                                          step)
+                losses = adversarial_step(
+                    generator, discriminator, g_optimizer, d_optimizer, real, step)
             update_average(average, generator, step)
 
             # The losses stay on the device until a row is complete: reading them in every step
@@ -116,6 +117,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
               f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
         samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
         save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
+        save_atomically({"average": average.state_dict()}, out / "generator.pt")  # for sample.py
         save_checkpoint(out, epoch, log.stat().st_size, settings, state)
 
     plot(log, out / "losses.png")
@@ -151,8 +153,9 @@ def check_finite(epoch, values):
 
 def count_steps(images, batch_size):
     """The number of steps in an epoch. The images that do not fill a batch are left out of it."""
-    if batch_size > len(images):
-        raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
+    if not 1 <= batch_size <= len(images):
+        raise InputError(f"--batch-size {batch_size}: take 1 to {len(images)}, as there are only "
+                         f"{len(images)} images")
     return len(images) // batch_size
 
 
@@ -161,7 +164,7 @@ def load_images(folder):
 
     The folder has a file train-images-idx3-ubyte in the format of MNIST, or a folder MNIST/raw. If
     that has only the .gz files of MNIST, torchvision checks and unpacks them, and downloads those
-    that are missing. Raises ValueError if there are no images, or none of 28x28 pixels.
+    that are missing. Raises InputError if there are no images, or none of 28x28 pixels.
     """
     path = Path(folder) / "train-images-idx3-ubyte"
     mnist = Path(folder) / "MNIST" / "raw"
@@ -170,16 +173,16 @@ def load_images(folder):
         if not path.exists():
             unpack_mnist(folder)
     if not path.exists():
-        raise ValueError(f"{folder} has neither train-images-idx3-ubyte nor MNIST/raw; "
+        raise InputError(f"{folder} has neither train-images-idx3-ubyte nor MNIST/raw; "
                          "without --data, train.py uses the MNIST files that come with it")
     try:
         images = read_image_file(path)
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path} is damaged, or it is not an IDX file of images. If it belongs to "
-                         "MNIST, delete it, and the next run unpacks it again") from None
+        raise InputError(f"{path} is damaged, or it is not an IDX file of images. If its .gz file "
+                         "is beside it, delete it, and the next run unpacks it again") from None
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
-        raise ValueError(f"{path} has images of {width}x{height} pixels; the networks need 28x28")
+        raise InputError(f"{path} has images of {width}x{height} pixels; the networks need 28x28")
     return images.unsqueeze(1)
 
 
@@ -188,15 +191,18 @@ def unpack_mnist(folder):
         MNIST(folder, download=True)  # making the object unpacks the files
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"a .gz file in {folder}/MNIST/raw is missing or damaged, and no new one "
-                         f"could be downloaded ({reason}); restore it with git checkout") from None
+        raise InputError(f"a .gz file in {folder}/MNIST/raw is missing or damaged, or the folder "
+                         f"is not writable, and downloading failed ({reason}). The files that come "
+                         "with train.py can be restored by: git checkout data") from None
 
 
 def refuse_to_overwrite(out):
-    for name in ("checkpoint.pt", "losses.csv", "samples"):
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; choose a folder")
+    for name in ("checkpoint.pt", "generator.pt", "losses.csv", "losses.png", "samples"):
         if (out / name).exists():
-            raise ValueError(f"{out} already holds a run; continue it with --resume, or choose "
-                             "another --out")
+            raise InputError(f"{out} already holds a run ({name}); continue it with --resume, or "
+                             "choose another --out")
 
 
 def open_run(out, resume, settings, state):
@@ -209,13 +215,14 @@ def open_run(out, resume, settings, state):
     else:
         epochs_done, log_size = 0, 0
         out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(out, epochs_done, log_size, settings, state)  # to resume even epoch 1
+    # From now on, --resume finds a checkpoint even in epoch 1, and knows the new number of epochs.
+    save_checkpoint(out, epochs_done, log_size, settings, state)
 
     (out / "samples").mkdir(exist_ok=True)
     with open(out / "losses.csv", "a") as file:
         if file.tell() < log_size:
-            raise ValueError(f"{out}/losses.csv is shorter than it was after epoch {epochs_done}; "
-                             "put back the rows that are missing, or choose another --out")
+            raise InputError(f"{out}/losses.csv is shorter than it was after epoch {epochs_done}; "
+                             "restore it, or begin another run with --out")
         file.truncate(log_size)  # removes the rows of an unfinished epoch
         if log_size == 0:
             file.write(",".join(COLUMNS) + "\n")
@@ -223,11 +230,10 @@ def open_run(out, resume, settings, state):
 
 
 def save_checkpoint(out, epoch, log_size, settings, state):
-    """Write generator.pt, all that sample.py needs, and checkpoint.pt, all that --resume needs."""
+    """Write checkpoint.pt, which has all that --resume needs."""
     checkpoint = {"epoch": epoch, "log_size": log_size, "settings": settings}
     for name, part in state.items():
         checkpoint[name] = part.state_dict()
-    save_atomically({"average": checkpoint["average"]}, out / "generator.pt")
     save_atomically(checkpoint, out / "checkpoint.pt")
 
 
@@ -243,13 +249,19 @@ def save_atomically(content, path):
         partial.unlink(missing_ok=True)
 
 
+def load_run(out):
+    path = Path(out) / "checkpoint.pt"
+    if not path.exists():
+        raise InputError(f"{out} has no checkpoint.pt; to begin a run there, leave --resume out")
+    return load_checkpoint(path)
+
+
 def restore_checkpoint(out, settings, state):
     """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and its log_size.
 
-    Raises ValueError if it does not fit the networks, or if it contradicts the settings.
+    Raises InputError if it does not fit the networks, or if it contradicts the settings.
     """
-    path = out / "checkpoint.pt"
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_run(out)
     try:
         epoch = checkpoint["epoch"]
         log_size = checkpoint["log_size"]
@@ -257,38 +269,39 @@ def restore_checkpoint(out, settings, state):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path} cannot be resumed: it is only a generator.pt, or it was saved by "
-                         "another version of this program") from None
+        raise InputError(f"{out}/checkpoint.pt cannot be resumed: it is only a generator.pt, or it "
+                         "was saved by another version of this program") from None
     for name, value in settings.items():
         if name != "epochs" and value != saved[name]:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {value} contradicts the run in {out}, which has {option} "
-                             f"{saved[name]}; leave {option} out, or begin another run with --out")
+            raise InputError(f"{option} {value} contradicts the run in {out}, which has {option} "
+                             f"{saved[name]}; take that, or begin another run with --out")
     if epoch > settings["epochs"]:
-        raise ValueError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch}; "
+        raise InputError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch}; "
                          "give a larger number to continue it")
     return epoch, log_size
 
 
 def positive_int(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def learning_rate(text):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e38:  # what float32 can hold
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and below 1e38")
     return number
 
 
-def positive_float(text):
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def seed_number(text):
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
-    return number
+def random_seed(text):
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
+    return int(text)
 
 
 def parse_arguments():
@@ -299,9 +312,9 @@ def parse_arguments():
                         help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE,
                         help="images per step (default: %(default)s)")
-    parser.add_argument("--lr", type=positive_float, default=LEARNING_RATE,
+    parser.add_argument("--lr", type=learning_rate, default=LEARNING_RATE,
                         help="learning rate of Adam, for both networks (default: %(default)s)")
-    parser.add_argument("--seed", type=seed_number, default=0,
+    parser.add_argument("--seed", type=random_seed, default=0,
                         help="random seed (default: %(default)s)")
     parser.add_argument("--data",
                         help="folder with images (default: MNIST, which comes with train.py)")
@@ -313,8 +326,8 @@ def parse_arguments():
     if arguments.resume:
         # Parse again, with the settings of the run as defaults. Only what was typed can then differ
         # from them, and train() compares.
-        settings = load_checkpoint(Path(arguments.out) / "checkpoint.pt").get("settings")
-        if isinstance(settings, dict):
+        settings = load_run(arguments.out).get("settings")
+        if isinstance(settings, dict) and settings.keys() <= vars(arguments).keys():
             parser.set_defaults(**settings)
             arguments = parser.parse_args()
     return arguments
@@ -332,7 +345,7 @@ def how_to_continue(arguments):
 def main():
     try:
         arguments = parse_arguments()
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"train.py: {error}")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C raises KeyboardInterrupt
     try:
@@ -340,7 +353,7 @@ def main():
     except KeyboardInterrupt:
         print(f"train.py: stopped; {how_to_continue(arguments)}", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, InputError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     out = arguments.out
     print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. New digits: "

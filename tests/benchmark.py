@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -287,7 +288,6 @@ def call(folder, *command):
 
 
 def run_experiments(names, epochs, seeds, out):
-    import numpy
     scorer = Scorer()
     for name in names or EXPERIMENTS:
         for seed in seeds:
@@ -311,6 +311,9 @@ def main():
     part.add_argument("--seeds", type=int, nargs="+", default=[0])
     part.add_argument("--out", type=Path, default=Path("out-experiments"))
     arguments = parser.parse_args()
+    for name in getattr(arguments, "names", []):
+        if name not in EXPERIMENTS:
+            parser.error(f"there is no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}")
     print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores")
     if arguments.part == "speed":

@@ -68,6 +68,7 @@ def test_picture_is_a_grid_as_square_as_possible(cli, checkpoint, generator, cou
 
 def test_interpolation_changes_the_noise_smoothly_and_comes_back(generator):
     frames = sample.interpolate(generator, 3, seed=5).float()
+    assert (frames[0] - sample.sample_digits(generator, 3, seed=5)).abs().max() <= 1
     assert frames.shape == (sample.FRAMES, 3, 1, 28, 28)
 
     def change(distance):
