@@ -83,7 +83,8 @@ class Generator(nn.Module):
     bias, because subtracting the mean would cancel it. There is no batch norm at the end: it would
     force the same brightness and contrast on every batch.
 
-    ReLU is DCGAN's choice for G. Why D has LeakyReLU is explained there.
+    ReLU passes the full gradient on where its input is positive, and is DCGAN's choice for G. Why D
+    has LeakyReLU is explained there.
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
