@@ -117,7 +117,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
               f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
         samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
         save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
-        save_atomically({"average": average.state_dict()}, out / "generator.pt")  # for sample.py
+        save_atomically({"average": average.state_dict()}, out / "generator.pt")  # to pass on
         save_checkpoint(out, epoch, log.stat().st_size, settings, state)
 
     plot(log, out / "losses.png")
@@ -164,7 +164,7 @@ def load_images(folder):
 
     The folder has a file train-images-idx3-ubyte in the format of MNIST, or a folder MNIST/raw. If
     that has only the .gz files of MNIST, torchvision checks and unpacks them, and downloads those
-    that are missing. Raises InputError if there are no images, or none of 28x28 pixels.
+    that are missing. Raises InputError if there is no file of images with 28x28 pixels.
     """
     path = Path(folder) / "train-images-idx3-ubyte"
     mnist = Path(folder) / "MNIST" / "raw"
@@ -178,8 +178,8 @@ def load_images(folder):
     try:
         images = read_image_file(path)
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{path} is damaged, or it is not an IDX file of images. If its .gz file "
-                         "is beside it, delete it, and the next run unpacks it again") from None
+        raise InputError(f"{path} is damaged, or it is not an IDX file of images. If it lies beside "
+                         "its .gz file, delete it, and the next run unpacks it again") from None
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
         raise InputError(f"{path} has images of {width}x{height} pixels; the networks need 28x28")
@@ -215,7 +215,7 @@ def open_run(out, resume, settings, state):
     else:
         epochs_done, log_size = 0, 0
         out.mkdir(parents=True, exist_ok=True)
-    # From now on, --resume finds a checkpoint even in epoch 1, and knows the new number of epochs.
+    # Save now, so that even epoch 1 can be resumed, and a new number of epochs is remembered.
     save_checkpoint(out, epochs_done, log_size, settings, state)
 
     (out / "samples").mkdir(exist_ok=True)
@@ -240,7 +240,7 @@ def save_checkpoint(out, epoch, log_size, settings, state):
 def save_atomically(content, path):
     """Like torch.save, but if it is interrupted or the disk is full, the old file remains."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # writing to the disk itself, it would not raise OSError
+    torch.save(content, buffer)  # given a path, it would not raise OSError on a full disk
     partial = path.with_suffix(".partial")
     try:
         partial.write_bytes(buffer.getbuffer())
@@ -293,7 +293,7 @@ def learning_rate(text):
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < 1e38:  # what float32 can hold
+    if not 0 < number < 1e38:  # float32 can hold it, and it is not NaN
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and below 1e38")
     return number
 
@@ -324,8 +324,8 @@ def parse_arguments():
                         help="continue the run in --out, with its settings")
     arguments = parser.parse_args()
     if arguments.resume:
-        # Parse again, with the settings of the run as defaults. Only what was typed can then differ
-        # from them, and train() compares.
+        # Parse again, with the settings of the run as defaults. Only an option that was typed can
+        # then differ from them, and restore_checkpoint() rejects it.
         settings = load_run(arguments.out).get("settings")
         if isinstance(settings, dict) and settings.keys() <= vars(arguments).keys():
             parser.set_defaults(**settings)
@@ -339,7 +339,7 @@ def how_to_continue(arguments):
         return "nothing was saved yet; run the same command again"
     command = ["python", "train.py", "--resume", "--epochs", str(arguments.epochs),
                "--device", arguments.device, "--out", arguments.out]
-    return f"all finished epochs are in {checkpoint}; continue with: {shlex.join(command)}"
+    return f"{checkpoint} has what was finished; continue with: {shlex.join(command)}"
 
 
 def main():
