@@ -178,8 +178,8 @@ def load_images(folder):
     try:
         images = read_image_file(path)
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{path} is damaged, or it is not an IDX file of images. If it lies beside "
-                         "its .gz file, delete it, and the next run unpacks it again") from None
+        raise InputError(f"{path} is damaged, or it is not an IDX file of images. If it lies "
+                         "beside its .gz file, delete it; the next run unpacks it again") from None
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
         raise InputError(f"{path} has images of {width}x{height} pixels; the networks need 28x28")
