@@ -211,8 +211,8 @@ class Scorer:
     """Scores digits with a classifier that was trained on 40,000 of MNIST's training digits.
 
     Digits are compared with MNIST's 10,000 test digits, which neither the classifier nor the GAN
-    was shown. The training digits from 50,000 on, unknown to the classifier, are scored as well:
-    what they reach is what a perfect generator would reach.
+    was shown. The training digits from 50,000 on, unknown to the classifier, are scored as well.
+    They are a reference and not a limit, as the README explains.
     """
 
     def __init__(self):
