@@ -220,9 +220,6 @@ def open_run(out, resume, settings, state):
 
     (out / "samples").mkdir(exist_ok=True)
     with open(out / "losses.csv", "a") as file:
-        if file.tell() < log_size:
-            raise InputError(f"{out}/losses.csv is shorter than it was after epoch {epochs_done}; "
-                             "restore it, or begin another run with --out")
         file.truncate(log_size)  # removes the rows of an unfinished epoch
         if log_size == 0:
             file.write(",".join(COLUMNS) + "\n")
@@ -259,7 +256,8 @@ def load_run(out):
 def restore_checkpoint(out, settings, state):
     """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and its log_size.
 
-    Raises InputError if it does not fit the networks, or if it contradicts the settings.
+    Raises InputError if it does not fit the networks, if it contradicts the settings, or if
+    losses.csv has lost rows.
     """
     checkpoint = load_run(out)
     try:
@@ -279,6 +277,10 @@ def restore_checkpoint(out, settings, state):
     if epoch > settings["epochs"]:
         raise InputError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch}; "
                          "give a larger number to continue it")
+    log = out / "losses.csv"
+    if log_size > 0 and (not log.exists() or log.stat().st_size < log_size):
+        raise InputError(f"{log} is shorter than it was after epoch {epoch}; restore it, or begin "
+                         "another run with --out")
     return epoch, log_size
 
 

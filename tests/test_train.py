@@ -304,9 +304,15 @@ def test_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(cli, short, how
     assert contents(short) == before
 
 
-def test_log_that_lost_rows_is_not_continued(cli, short):
-    (short / "losses.csv").write_text("epoch,step\n")
-    assert "losses.csv" in complaint(cli(train, "--resume", "--epochs", 2, "--out", short))
+@pytest.mark.parametrize("left", [None, "epoch,step\n"])
+def test_log_that_lost_rows_is_not_continued_and_nothing_changes(cli, short, left):
+    (short / "losses.csv").unlink()
+    if left is not None:
+        (short / "losses.csv").write_text(left)
+    before = contents(short)
+    line = complaint(cli(train, "--resume", "--epochs", 2, "--out", short))
+    assert "losses.csv" in line and "--out" in line
+    assert contents(short) == before
 
 
 @pytest.mark.parametrize("options, word", [
