@@ -247,6 +247,23 @@ def make_optimizer(network, lr):
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
 
+DECAY_START = 2000  # the step after which the learning rate falls
+
+
+def set_learning_rate(optimizer, lr, step):
+    """Set the learning rate for a step: `lr` up to step DECAY_START, then it falls as 1/sqrt(step).
+
+    Large updates find the shapes of digits quickly. But they also move the weights back and forth,
+    and that hides the finer differences between fakes and real images from both networks. Smaller
+    updates later on bring these out.
+
+    The rate depends on the step alone, and not on the length of the training. So a run of 8 epochs
+    is the beginning of a run of 50.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (DECAY_START / step) ** 0.5)
+
+
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, step):
     """One training step on a batch of real images: an update of D, then an update of G.
 
