@@ -6,55 +6,63 @@ Two networks are trained against each other (Goodfellow et al. 2014, arxiv.org/a
     The discriminator D looks at an image x and outputs D(x), the probability that x is real.
 
 D learns to tell real images from fakes. G learns to make fakes that D rates as real. The paper
-describes both goals by one number, the value function V (equation 1). E[...] is a mean:
+expresses both goals in one value function V (equation 1). E[...] denotes a mean, and log is the
+natural logarithm:
 
     V(D, G) = E[ log D(x) ]  +  E[ log(1 - D(G(z))) ]
               real images x     random z
 
-D is trained to make V large, and G is trained to make V small. (In practice G has a slightly
-different loss, for a reason that generator_loss explains.)
+D is trained to maximise V, and G is trained to minimise it. (In practice G has a slightly different
+loss, for a reason that generator_loss explains.)
 
-Nobody shows G a digit. All that G learns from is a gradient that comes back through D. For each
-pixel of a fake, it shows how the pixel would have to change for D to rate the fake as more real.
-For this gradient to be useful, D must stay smooth. If D separates real images and fakes too easily,
-its logit (the number before the final sigmoid) hardly changes with the pixels, and no loss of G can
-make up for that.
+G never receives a real image. It learns from the gradient of D's output with respect to the pixels
+of a fake. This gradient shows how each pixel would have to change for D to rate the fake as more
+real. Backpropagation carries it on to the weights of G.
 
-What is the goal? For a fixed G, the best possible D is p_data(x) / (p_data(x) + p_G(x)), where
-p_data and p_G say how likely the image x is among real images and among fakes (Proposition 1). For
-a perfect G both are equal, and the best D outputs 1/2 for every image (Theorem 1). In practice,
-training comes near to this, but does not reach it.
+This gradient is useful only if D's output changes gradually between fakes and real images. A D that
+jumps from "fake" to "real" close to the real images is flat everywhere else. It does not show G in
+which direction to change. The penalty in r1_penalty makes such a D less likely.
 
-Read this file from top to bottom: the latent vector z, the two networks, their losses, one training
-step, the running average of G's weights, and how images are generated. A comment such as
-# (N, 1, 28, 28) gives the shape of a result. N is the number of images in the batch.
+What is the optimum? Let p_data and p_G be the probability densities of real images and of fakes.
+For a fixed G, the best possible D is p_data(x) / (p_data(x) + p_G(x)) (Proposition 1). Where real
+images are three times as likely as fakes, the best D outputs 3/4. If p_G equals p_data, G is
+perfect, and the best D outputs 1/2 for every image (Theorem 1). Training approaches this optimum,
+but in practice does not reach it.
+
+Read this file from top to bottom: the latent vector z, the two networks, their losses, the
+optimizers, one training step, the running average of G's weights, and how images are generated.
+A comment such as # (N, 1, 28, 28) gives the shape of a result. N is the number of images in the
+batch.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-N_CATEGORIES = 10     # as many as there are digits, but nobody says which is which
+N_CATEGORIES = 10     # one for each digit, although training uses no labels
 NOISE_DIM = 54
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
-CATEGORY_SCALE = 4.0  # a larger value gives the category more influence than the noise
+CATEGORY_SCALE = 4.0  # with a much larger value, G ignores the noise (README: "Mode collapse")
 
 
 def sample_latent(count, device="cpu", random=None):
-    """Draw N = `count` latent vectors z, the input of the generator: float (N, LATENT_DIM).
+    """Draw `count` latent vectors z, the input of the generator, as floats (count, LATENT_DIM).
 
-    The first N_CATEGORIES entries are a category: one of them is CATEGORY_SCALE, the others are 0
-    ("one-hot"). The other entries are noise from a standard normal distribution. `random` is a
-    random number generator (torch.Generator) on the device. None means PyTorch's own.
+    The first N_CATEGORIES entries encode a category as a "one-hot" vector: one of them is
+    CATEGORY_SCALE, and the others are 0. The other entries are noise from a standard normal
+    distribution. `random` is a torch.Generator on the device. None selects PyTorch's default one.
 
-    Most GANs have only the noise. But a network is a continuous function: it turns similar z into
+    Most GANs use noise only. But a network is a continuous function: it turns similar z into
     similar images. That suits slant and stroke width, which vary continuously. It does not suit the
     ten digits. There is no digit between a 3 and a 0, but on the way from one to the other, G would
-    have to draw something (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). With a category, z
-    itself jumps: no z lies between two categories. Training uses no labels, and no loss demands
-    that a category be a digit. But each comes to stand for one digit, or for a few similar ones.
+    have to draw something (Khayatkhoei et al. 2018, arxiv.org/abs/1806.00880). With a category, the
+    latent space consists of separate parts. No z lies between two of them, so G does not have to
+    draw anything there.
 
-    InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has a similar latent vector and an
-    additional loss, which is not needed here.
+    Training uses no labels, and no loss ties a category to a digit. In the trained generator, each
+    category nevertheless produces one digit, or a few similar ones. A likely reason is that G can
+    switch between digits most easily from one part of the latent space to another. InfoGAN (Chen et
+    al. 2016, arxiv.org/abs/1606.03657) has a similar latent vector. It adds a loss that rewards
+    images from which a network can recover the category. This program does not have that loss.
     """
     category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
     one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
@@ -65,33 +73,37 @@ def sample_latent(count, device="cpu", random=None):
 class Generator(nn.Module):
     """Maps latent vectors z (N, LATENT_DIM) to images (N, 1, 28, 28) with values in [-1, 1].
 
-    The network begins with 4x4 pixels and many channels. In three steps it enlarges the picture, to
-    7x7, 14x14 and 28x28 pixels, and reduces the channels.
+    The first layer produces feature maps of 4x4 pixels with many channels. Three steps enlarge them
+    to 7x7, 14x14 and 28x28 pixels, and reduce the number of channels.
 
-    ConvTranspose2d is an upscaling that is learned. Each input pixel adds one copy of the kernel,
-    multiplied by that pixel, to the output. The copies lie `stride` pixels apart and overlap. In
-    the last two upscalings the kernel size 4 is a multiple of the stride 2, so that the same number
-    of copies overlaps at every pixel, but for the border. With size 3 or 5, a checkerboard pattern
-    would show in the image (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). The first one
-    has size 3, to get from 4 pixels to 7; the layers after it can smooth the pattern out. The other
-    way to upscale, repeating pixels before a convolution, needs more arithmetic.
+    ConvTranspose2d is a learned upsampling layer. Each input pixel adds a copy of the kernel to the
+    output, multiplied by the value of the pixel. The copies are `stride` pixels apart and overlap.
+    An alternative is to repeat each pixel and to apply a 3x3 convolution to the result. It needs
+    2.25 times as many multiplications as a 4x4 transposed convolution.
 
-    BatchNorm2d brings each channel to mean 0 and variance 1, over all pixels of all images of the
-    batch. Then it applies a scale and a shift that are learned. Without it, the early layers may
-    map all z to nearly the same values, and G draws the same image whatever z is (Radford et al.
-    2015, the DCGAN paper, arxiv.org/abs/1511.06434, section 3). A layer before batch norm needs no
-    bias, because subtracting the mean would cancel it. There is no batch norm at the end: it would
-    force the same brightness and contrast on every batch.
+    In the last two upsampling layers, the kernel size 4 is a multiple of the stride 2. The same
+    number of copies therefore overlaps at every pixel, except at the border. With size 3 or 5, this
+    number differs between neighbouring pixels, and the image shows a checkerboard pattern (Odena et
+    al. 2016, distill.pub/2016/deconv-checkerboard). The first of these layers has size 3, because
+    enlarging 4 pixels to 7 needs an odd size. Later layers can remove the pattern that it causes.
 
-    ReLU passes the full gradient on where its input is positive, and is DCGAN's choice for G. Why D
-    has LeakyReLU is explained there.
+    BatchNorm2d normalises each channel to mean 0 and variance 1 over all pixels of all images in
+    the batch. It then applies a learned scale and shift. Without it, the early layers may map all z
+    to nearly the same values, and G draws the same image for every z (Radford et al. 2015,
+    arxiv.org/abs/1511.06434, section 3, the paper on DCGAN). A layer before batch norm needs no
+    bias, because subtracting the mean would cancel it. The last layer has no batch norm, because
+    batch norm would force the same brightness and contrast on every batch.
+
+    DCGAN uses ReLU in G. It passes no gradient where its input is negative. This does little harm
+    in G, because batch norm keeps about half of the inputs of each channel positive. Every channel
+    therefore learns from some images of the batch. The docstring of Discriminator explains why D
+    differs.
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
-    white (1), and any large input of tanh gives nearly these values. One could also take a sigmoid,
-    with real images in [0, 1]. As sigmoid(x) = (tanh(x / 2) + 1) / 2, it is the same curve, but
-    relative to its range only half as steep. What matters is that fakes and real images have the
-    same range.
+    white (1). Tanh is close to these values for every input far from 0, so G does not have to find
+    one exact input. A sigmoid is the same curve with both axes rescaled. It could be used with real
+    images in [0, 1]. What matters is that fakes and real images have the same range.
     """
 
     def __init__(self):
@@ -120,24 +132,25 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maps images (N, 1, 28, 28) in [-1, 1] to one logit each: (N,). D(x) is sigmoid(logit).
+    """Maps images (N, 1, 28, 28) in [-1, 1] to logits (N,). D(x) is sigmoid(logit).
 
-    A logit may be any number. The network does not end in the probability itself, because a sigmoid
-    in float32 is exactly 1 for logits of 17 and more. Then log(1 - D) would be minus infinity. The
-    losses below are computed from the logits, and stay finite.
+    A logit is an unbounded number. The network does not output the probability, because in float32
+    the sigmoid of a logit of 17 or more is exactly 1, and log(1 - D) would be minus infinity. The
+    losses below take logits, and they stay finite.
 
-    Convolutions with stride 2 halve the size of the picture. Max pooling would do that, too, but it
-    sends the gradient to only one of four pixels. G learns from that gradient, at every pixel.
+    Convolutions with stride 2 halve the height and width. Max pooling could do that instead, but it
+    passes the gradient to only one of four pixels. G needs the gradient at every pixel.
 
-    LeakyReLU(0.2) keeps a fifth of the gradient where its input is negative. ReLU would keep
-    nothing, and no gradient would reach G by way of that value.
+    LeakyReLU(0.2) passes a fifth of the gradient where its input is negative. ReLU would pass none,
+    and G would lose that part of its gradient.
 
-    BatchNorm2d makes the output for one image depend a little on the whole batch. If the fakes of a
-    batch are all alike ("mode collapse"), D may notice it. As in DCGAN, the first convolution has
-    no batch norm.
+    BatchNorm2d makes D's output for an image depend a little on the rest of the batch. D can
+    therefore detect that all fakes of a batch are alike ("mode collapse"). The first convolution
+    has no batch norm, because DCGAN became unstable with batch norm in every layer (section 3).
 
-    The third convolution has stride 1. Thanks to it, a value after the fourth one depends on 26x26
-    pixels of the image, enough to see a whole digit. Without it, it would depend on 18x18 pixels.
+    The third convolution has stride 1, so it keeps the height and width. It enlarges the receptive
+    field: each value after the fourth convolution depends on 26x26 pixels of the image, enough for
+    a whole digit. Without the third convolution, it would depend on 18x18 pixels.
     """
 
     def __init__(self):
@@ -165,28 +178,27 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images):
-        return self.layers(images).float()  # for the losses, if the layers compute in bfloat16
+        return self.layers(images).float()  # the layers may compute in bfloat16, the losses not
 
 
 def init_weights(module):
     """Draw the weights of convolutions from N(0, 0.02^2), as DCGAN does (section 4).
 
-    This matters most for G's last convolution, which no batch norm follows. With small weights, the
-    first fakes are a nearly even grey, that is, near 0, where tanh is steepest. Linear layers keep
-    PyTorch's own small weights.
+    Small weights matter most in G's last convolution, which no batch norm follows. They make the
+    first fakes nearly uniform grey: the input of tanh is near 0, where tanh is steepest. Linear
+    layers keep PyTorch's default initialisation, which also gives small weights.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """The loss of D: the mean of -log D(x), plus the mean of -log(1 - D(G(z))). This is -V(D, G).
+    """Compute D's loss: the mean of -log D(x) plus the mean of -log(1 - D(G(z))). It is -V(D, G).
 
-    Takes logits of shape (N,), and returns a scalar. In code, both terms are binary cross-entropy
-    (BCE). It is -log D for images with the label 1, and -log(1 - D) for images with the label 0.
+    Takes logits (N,) and returns a scalar. Both terms are a binary cross-entropy (BCE), which is
+    -log D for images with the label 1 and -log(1 - D) for images with the label 0.
 
-    If D outputs 0.5 for every image, the loss is -log 0.5 - log 0.5 = 2 log 2 = 1.386. (log is the
-    natural logarithm.)
+    If D outputs 0.5 for every image, the loss is -log 0.5 - log 0.5 = 2 log 2 = 1.386.
     """
     real_labels = torch.ones_like(real_logits)
     fake_labels = torch.zeros_like(fake_logits)
@@ -196,85 +208,94 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def generator_loss(fake_logits):
-    """The loss of G: the mean of -log D(G(z)).
+    """Compute G's loss: the mean of -log D(G(z)).
 
-    Takes logits of shape (N,), and returns a scalar. In code, it is BCE with the label 1, that of
-    real images, although these are fakes: G wants D to rate them as real.
+    Takes logits (N,) and returns a scalar. The loss is BCE with the label 1. This is the label of
+    real images, because G is trained to make D output 1 for fakes.
 
-    To minimise V, G would have the loss log(1 - D(G(z))). Both losses fall as D(G(z)) rises. The
-    difference is in the gradient with respect to the logit. That of log(1 - D) is -D. When D
-    recognises a fake, D is near 0, and the gradient vanishes: this loss "saturates". Early in
-    training, that is the case for nearly every fake. The gradient of -log D is -(1 - D). It is near
-    -1 for the same fakes, where there is most to learn. Hence the name "non-saturating loss"
-    (Goodfellow et al., end of section 3). Adam rescales gradients, and so softens the difference.
+    A G that minimised V itself would have the loss log(1 - D(G(z))). Both losses fall as D(G(z))
+    rises. They differ in the gradient with respect to the logit s, where D = sigmoid(s):
+
+        the derivative of log(1 - D) is -D
+        the derivative of -log D     is -(1 - D)
+
+    Early in training, D recognises nearly every fake, and D is near 0 for it. The first derivative
+    is then near 0 as well. The loss "saturates": G learns very little from these fakes, although it
+    has most to learn from them. The second derivative is near -1 for the same fakes. This loss is
+    therefore called non-saturating (Goodfellow et al., end of section 3). Adam divides each
+    gradient by its recent size, which makes up for part of the difference (README: "Experiments").
     """
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
 R1_GAMMA = 0.03   # the weight of the penalty
-R1_INTERVAL = 16  # the penalty is added once every so many steps
+R1_INTERVAL = 16  # the number of steps from one penalty to the next
 
 
 def r1_penalty(discriminator, real):
-    """The R1 gradient penalty (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4).
+    """Compute the R1 gradient penalty (Mescheder et al. 2018, arxiv.org/abs/1801.04406, section 4).
 
     Takes real images (N, 1, 28, 28). Returns R1_GAMMA / 2 times the mean, over these images, of the
     squared length of the gradient of D's logit with respect to the pixels.
 
-    Training can oscillate without end when D is steep at the real images, even once G matches them
-    (section 2 of that paper). Also, D may memorise the real images over time: its logit then falls
-    steeply around each of them and is flat near the fakes, where G needs a gradient. The penalty
-    adds to D's loss where the logit is steep, and so keeps D smooth.
+    D can memorise the real images. Its logit then falls steeply around each of them and is flat
+    near the fakes, where G needs a gradient. A steep D also lets the training oscillate forever,
+    even when the fakes already have the distribution of the real images (section 2 of that paper).
+    The penalty increases D's loss where the logit is steep at a real image. It therefore favours a
+    D whose logit changes gradually.
     """
-    real = real.detach().requires_grad_()  # another tensor, so that the caller's stays as it is
+    real = real.detach().requires_grad_()  # a new tensor, because the caller's needs no gradient
     logits = discriminator(real)
-    # Each logit depends on its own image, so the gradient of the sum contains the gradients of all
-    # N logits at once, apart from the little that batch norm carries between images. create_graph
-    # is needed because D's update differentiates this gradient once more.
+    # Apart from a small effect through batch norm, each image influences only its own logit. The
+    # gradient of the sum with respect to an image is therefore nearly that of its own logit.
+    # create_graph is needed because D's update differentiates this gradient once more.
     gradient = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]  # (N, 1, 28, 28)
     squared_norm = gradient.square().sum(dim=(1, 2, 3))                       # (N,)
     return R1_GAMMA / 2 * squared_norm.mean()
 
 
 def make_optimizer(network, lr):
-    """Adam for one network. Each network has its own, because each minimises its own loss.
+    """Create the Adam optimizer of one network. Each network minimises its own loss.
 
     With Adam's usual beta1 = 0.9, an update averages the gradients of about ten steps. But in a GAN
     the other network changes in every step. Old gradients no longer fit, and the two networks begin
-    to oscillate. DCGAN found that 0.5 helps (section 4).
+    to oscillate. DCGAN found that 0.5 helps (section 4). With 0.5, an update averages the gradients
+    of about two steps.
     """
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
 
-DECAY_START = 2000  # the step after which the learning rate falls
+DECAY_START = 2000  # the last step with the full learning rate, early in the third epoch of MNIST
 
 
 def set_learning_rate(optimizer, lr, step):
-    """Set the learning rate for a step: `lr` up to step DECAY_START, then it falls as 1/sqrt(step).
+    """Set the learning rate of a step. It is `lr` up to DECAY_START, then it falls as 1/sqrt(step).
 
-    Large updates find the shapes of digits quickly. But they also move the weights back and forth,
-    and that hides the finer differences between fakes and real images from both networks. Smaller
-    updates later on bring these out.
+    Large updates are useful early, when G has to learn the shapes of digits. Later they make the
+    weights fluctuate, and both networks miss small differences between fakes and real images.
+    Smaller updates let them learn these differences.
 
-    The rate depends on the step alone, and not on the length of the training. So a run of 8 epochs
-    is the beginning of a run of 50.
+    The rate depends on the step alone and not on the length of the run. The first 8 epochs of a run
+    of 50 are therefore identical to a run of 8 epochs.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1, (DECAY_START / step) ** 0.5)
 
 
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, step):
-    """One training step on a batch of real images: an update of D, then an update of G.
+    """Train on a batch of real images: update D once, then update G once.
 
     real: images (N, 1, 28, 28) in [-1, 1].
-    step: the number of this step, from 1. Every R1_INTERVAL steps, D's loss includes the penalty.
+    step: the number of this step; the first one is 1. Every R1_INTERVAL steps, D's loss includes
+    the penalty.
 
     Returns a tensor (4,) for the log: d_loss without the penalty, g_loss, the mean of D(x) and the
     mean of D(G(z)). g_loss is measured after D's update, the other three before it.
     """
-    # The discriminator's update. Real images and fakes are two separate batches: in a mixed one,
-    # batch norm would compute other statistics than in G's update, where all images are fakes.
+    # Update D. Real images and fakes form two separate batches. In a mixed batch, the statistics of
+    # batch norm would differ from those in G's update, where all images are fakes. G would then
+    # learn from a D that behaves differently from the one that was trained.
     z = sample_latent(len(real), device=real.device)                          # (N, LATENT_DIM)
     fake = generator(z)                                                       # (N, 1, 28, 28)
     real_logits = discriminator(real)                                         # (N,)
@@ -284,18 +305,18 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     d_loss = discriminator_loss(real_logits, fake_logits)
     loss = d_loss
     if step % R1_INTERVAL == 0:
-        # The penalty takes nearly as long as the rest of the step. Adding it rarely, but with
-        # R1_INTERVAL times its weight, has about the same effect in much less time (Karras et al.
-        # 2020, arxiv.org/abs/1912.04958, section 3.1, "lazy regularization").
+        # Computing the penalty takes more than half as long as the rest of the step. Adding it in
+        # one of R1_INTERVAL steps, with R1_INTERVAL times the weight, has about the same effect
+        # and takes much less time (Karras et al. 2020, arxiv.org/abs/1912.04958, section 3.1,
+        # "lazy regularization").
         loss = d_loss + R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     loss.backward()
     d_optimizer.step()
 
-    # The generator's update. The paper (Algorithm 1) draws new fakes for it, but the same ones will
-    # do, since G has not changed. D has changed, so it is applied to them again. The gradient goes
-    # through D back into G. `inputs` restricts the gradients to G's weights: those of D's weights
-    # would not be used.
+    # Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. The same fakes can be used
+    # again, because G has not changed. D has changed, so it is applied again. `inputs` restricts
+    # backward() to the weights of G, because the gradients of D's weights are not needed.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     g_loss.backward(inputs=list(generator.parameters()))
@@ -308,32 +329,33 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 
 @torch.no_grad()
 def update_average(average, generator, step):
-    """Update `average`, the running average of the generator's weights. `step` counts from 1.
+    """Update `average`, the running average of the generator's weights. The first step is 1.
 
-    GAN training does not converge to a point: G's weights keep circling around a good solution.
-    Their average lies nearer to the centre of the circle (Yazıcı et al. 2018,
-    arxiv.org/abs/1806.04498). Samples are made with the average. Training never uses it.
+    GAN training does not converge to a point. Each network reacts to the other, so G's weights keep
+    moving around a good solution. Their average is closer to it (Yazıcı et al. 2018,
+    arxiv.org/abs/1806.04498). Only the samples use the average, and the training does not.
 
-    The newest weights enter with the share 10 / (step + 9): all of the average in step 1, and less
-    in every later step. Two thirds of the average comes from the last tenth of the steps so far.
-    This is called polynomial-decay averaging. More common is the exponential moving average (EMA),
-    where the share is constant. That constant has to be matched to the length of the training.
+    Each step moves the average towards the newest weights by the fraction 10 / (step + 9). In
+    step 1, this fraction is 1. It falls so that the last tenth of the steps so far determines about
+    two thirds of the average (1 - 0.9**10). This is called polynomial-decay averaging. The
+    exponential moving average (EMA) is more common. Its fraction is constant and must be chosen to
+    suit the length of the run. Polynomial decay suits any length.
 
-    The running statistics of batch norm are averaged, too, because they belong to the weights.
+    The running statistics of batch norm are also averaged, because they belong to the weights.
     """
-    share = 10 / (step + 9)
+    fraction = 10 / (step + 9)
     newest = generator.state_dict()
     for name, averaged in average.state_dict().items():
-        if averaged.is_floating_point():  # all but the number of batches that batch norm has seen
-            averaged.lerp_(newest[name], share)  # in place
+        if averaged.is_floating_point():  # skips num_batches_tracked, an integer
+            averaged.lerp_(newest[name], fraction)
 
 
 @torch.no_grad()
 def generate(generator, z):
-    """Generate one image for each z: uint8 (N, 1, 28, 28), from 0 (background) to 255 (stroke).
+    """Generate one image for each z: uint8 (N, 1, 28, 28), where 0 is black and 255 is white.
 
-    eval() makes batch norm use the running mean and variance from training. In training mode it
-    would use those of this batch, and each digit would depend on the others.
+    eval() makes batch norm use the running mean and variance. In training mode, it would use the
+    statistics of the batch of z, and each digit would depend on the others.
     """
     was_training = generator.training
     device = next(generator.parameters()).device
@@ -344,15 +366,15 @@ def generate(generator, z):
     return pixels.round().to("cpu", torch.uint8)
 
 
-# The rest is not about GANs. It is what train.py and sample.py share.
+# The code below is not specific to GANs. train.py and sample.py share it.
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave. The scripts print its text, and no traceback."""
+    """Raised for invalid input. The scripts print its message without a traceback."""
 
 
 def pick_device(name):
-    """The torch.device with a name such as 'cpu', 'cuda', 'cuda:1' or 'mps'.
+    """Return the torch.device with a name such as 'cpu', 'cuda', 'cuda:1' or 'mps'.
 
     'auto' is the first of CUDA, MPS and the CPU that this machine has. Raises InputError if the
     machine has no such device.
@@ -373,7 +395,7 @@ def pick_device(name):
 
 
 def load_checkpoint(path):
-    """The dictionary that train.py saved at `path`, with its tensors on the CPU.
+    """Load the dictionary that train.py saved at `path`, with its tensors on the CPU.
 
     Raises OSError if the file cannot be read, and InputError if it is not such a checkpoint.
     """
@@ -383,7 +405,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # which one torch.load raises depends on the damage
+    except Exception:  # torch.load raises different exceptions for different kinds of damage
         raise problem from None
     if not isinstance(checkpoint, dict) or "average" not in checkpoint:
         raise problem

@@ -1,30 +1,32 @@
 """Plot the loss log of a run:  python plot_losses.py [--csv FILE] [--out FILE]
 
 The upper plot shows the two losses. The lower one shows the mean output of the discriminator for
-real images, D(x), and for fakes, D(G(z)). The dotted lines are the values of a discriminator that
-outputs 0.5 for every image: d_loss = 2 ln 2 and g_loss = ln 2. The training may still be running.
+real images, D(x), and for fakes, D(G(z)). The dotted lines show the values for a discriminator that
+outputs 0.5 for every image: 2 ln 2 for d_loss, ln 2 for g_loss, and 0.5 for D(x) and D(G(z)). The
+script also works while the training is in progress.
 """
 import argparse
 import math
 import sys
 from pathlib import Path
 
-COLUMNS = ["epoch", "step", "d_loss", "g_loss", "d_real", "d_fake"]  # of losses.csv
-BLUE = "#0072B2"  # these two can be told apart by colour-blind readers
+COLUMNS = ["epoch", "step", "d_loss", "g_loss", "d_real", "d_fake"]  # the header of losses.csv
+BLUE = "#0072B2"  # colour-blind readers can distinguish these two colours
 ORANGE = "#D55E00"
 
 
 def plot(csv_path, out):
-    """Draw the loss log `csv_path` into the picture `out`, and return the matplotlib Figure.
+    """Plot the loss log `csv_path` into the file `out`, and return the matplotlib Figure.
 
-    Raises ValueError if it is not a loss log or the type of the picture is unknown, and OSError if
-    a file cannot be read or written.
+    Raises ValueError if `csv_path` is not a loss log or `out` has an unknown file type, and OSError
+    if a file cannot be read or written.
     """
-    from matplotlib.figure import Figure  # here, because this import takes half a second
+    # Imported here because it takes half a second, which train.py would spend at its start.
+    from matplotlib.figure import Figure
 
     out = Path(out)
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--out {out}: take a name that ends in .png, .svg or .pdf")
+        raise ValueError(f"--out {out}: the name must end in .png, .svg or .pdf")
     log = read_log(csv_path)
     x = log["step"]
     x_label = "step"
@@ -35,14 +37,15 @@ def plot(csv_path, out):
         x = [step / steps_per_epoch for step in log["step"]]
         x_label = "epoch"
 
-    figure = Figure(figsize=(8, 6), layout="constrained")  # unlike pyplot, this needs no display
+    # pyplot would choose a backend for the display, and keep a reference to every figure.
+    figure = Figure(figsize=(8, 6), layout="constrained")
     losses, outputs = figure.subplots(2, 1, sharex=True)
     draw_curve(losses, x, log["d_loss"], "d_loss", BLUE)
     draw_curve(losses, x, log["g_loss"], "g_loss", ORANGE)
     losses.axhline(2 * math.log(2), color=BLUE, linestyle=":", linewidth=1)
     losses.axhline(math.log(2), color=ORANGE, linestyle=":", linewidth=1)
     losses.set_ylabel("loss (dotted: 2 ln 2, ln 2)")
-    if min(log["g_loss"]) >= 0:  # log(1 - D(G(z))), the saturating loss, is negative
+    if min(log["g_loss"]) >= 0:  # the saturating loss is negative and would be cut off
         losses.set_ylim(bottom=0)
 
     draw_curve(outputs, x, log["d_real"], "D(x), real images", BLUE)
@@ -68,7 +71,7 @@ def draw_curve(axes, x, values, label, colour):
 
 
 def smooth(values, radius):
-    """The mean of each value and its neighbours, up to `radius` of them on either side."""
+    """Return the mean of each value and its neighbours, at most `radius` on either side."""
     means = []
     for i in range(len(values)):
         neighbours = values[max(0, i - radius):i + radius + 1]
@@ -82,7 +85,7 @@ def read_log(path):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file") from None
-    lines.pop()  # what follows the last newline: nothing, or a row that is still being written
+    lines.pop()  # the text after the last newline: empty, or an incomplete row
     if not lines or lines[0] != ",".join(COLUMNS):
         raise ValueError(f"{path} is not a loss log: its first line is not {','.join(COLUMNS)}")
     if len(lines) == 1:
@@ -102,9 +105,9 @@ def read_log(path):
 def parse_row(line):
     row = [float(field) for field in line.split(",")]
     if len(row) != len(COLUMNS):
-        raise ValueError("another number of columns")
+        raise ValueError("wrong number of columns")
     if not 1 <= row[0] < math.inf or not 1 <= row[1] < math.inf:
-        raise ValueError("epochs and steps count from 1")
+        raise ValueError("epochs and steps must be 1 or more")
     return row
 
 
@@ -113,7 +116,7 @@ def main():
     parser.add_argument("--csv", default="out/losses.csv",
                         help="the log that train.py wrote (default: %(default)s)")
     parser.add_argument("--out",
-                        help="the picture: .png, .svg or .pdf (default: losses.png beside the log)")
+                        help="output: .png, .svg or .pdf (default: losses.png beside the log)")
     arguments = parser.parse_args()
     if arguments.out is None:
         arguments.out = Path(arguments.csv).with_name("losses.png")
@@ -121,7 +124,7 @@ def main():
         plot(arguments.csv, arguments.out)
     except (OSError, ValueError) as error:
         sys.exit(f"plot_losses.py: {error}")
-    print(f"{arguments.out}: the losses of {arguments.csv}")
+    print(f"{arguments.out}: wrote the plot of {arguments.csv}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Generate new digits with a trained generator:  python sample.py --out grid.png
 
-Without --checkpoint, it takes out/checkpoint.pt, the checkpoint of your own run. If there is none
-yet, it takes the trained generator that comes with this repository, results/generator.pt.
+Without --checkpoint, the script uses out/checkpoint.pt, which train.py saves. If this file does not
+exist, the script uses the trained generator of this repository, results/generator.pt.
 """
 import argparse
 import math
@@ -23,9 +23,9 @@ from gan import (
     sample_latent,
 )
 
-BATCH_SIZE = 100  # digits generated at a time
-FRAMES = 60       # of an animation
-FRAME_TIME = 50   # milliseconds
+BATCH_SIZE = 100  # the number of digits in one call of the generator
+FRAMES = 60       # the number of frames in an animation
+FRAME_TIME = 50   # in milliseconds
 SHIPPED_GENERATOR = Path(__file__).resolve().parent / "results" / "generator.pt"
 
 
@@ -44,10 +44,10 @@ def load_generator(path=SHIPPED_GENERATOR, device="cpu"):
 
 
 def sample_digits(generator, count, seed=0):
-    """Generate `count` digits: uint8 (count, 1, 28, 28). The same seed gives the same digits.
+    """Generate `count` digits as uint8 (count, 1, 28, 28). The same seed gives the same digits.
 
-    They are generated in whole batches, so that a digit does not depend on how many are wanted:
-    in a batch of another size, PyTorch may round the sums of a convolution differently.
+    Digits are generated in whole batches. PyTorch may round differently in a batch of another size,
+    and a digit would then depend on `count`.
     """
     batches = []
     for z in sample_batches(count, seed):
@@ -56,21 +56,22 @@ def sample_digits(generator, count, seed=0):
 
 
 def sample_batches(count, seed):
-    """Latent vectors for at least `count` digits, in a list of whole batches."""
+    """Draw latent vectors for at least `count` digits, as a list of whole batches."""
     random = torch.Generator().manual_seed(seed)
     return [sample_latent(BATCH_SIZE, random=random) for _ in range(0, count, BATCH_SIZE)]
 
 
 def interpolate(generator, count, seed=0):
-    """Move through the latent space and back: uint8 (FRAMES, count, 1, 28, 28).
+    """Move each digit around a circle in latent space: uint8 (FRAMES, count, 1, 28, 28).
 
-    The noise of each digit moves on a circle, cos(t) * a + sin(t) * b. Because cos² + sin² = 1, all
-    points of the circle are normal noise, as in training. On a straight line from a to b, the noise
-    would be shorter half-way than nearly all noise that G was trained with. The category does not
-    change, because G was never trained with anything between two categories. A category may hold
-    several similar digits, so a 4 can turn into a 9 all the same.
+    The noise at the angle t is cos(t) * a + sin(t) * b. Because cos² + sin² = 1, it has a standard
+    normal distribution at every t, as in training. Halfway along a straight line from a to b, its
+    length would be smaller than that of nearly all noise in training. The category stays the same,
+    because G was never trained on a value between two categories. A category can produce several
+    similar digits, so a 4 may still turn into a 9.
     """
-    z = torch.cat(sample_batches(count, seed))[:count]  # the first frame: as in sample_digits
+    # The first frame shows the digits of sample_digits.
+    z = torch.cat(sample_batches(count, seed))[:count]
     a = z[:, N_CATEGORIES:].clone()
     b = torch.cat(sample_batches(count, seed + 1))[:count, N_CATEGORIES:]
     frames = []
@@ -82,17 +83,17 @@ def interpolate(generator, count, seed=0):
 
 
 def save_grid(images, path):
-    """Save images, uint8 (N, 1, 28, 28), as one picture: a grid that is as square as possible."""
+    """Save images, uint8 (N, 1, 28, 28), as a grid that is as close to a square as possible."""
     columns = math.ceil(math.sqrt(len(images)))
     save_image(images / 255, path, nrow=columns)
 
 
 def save_animation(frames, path):
-    """Save frames, uint8 (F, N, 1, 28, 28), as a GIF of F grids that repeats for ever."""
+    """Save frames, uint8 (F, N, 1, 28, 28), as an animated GIF of F grids that loops forever."""
     columns = math.ceil(math.sqrt(frames.shape[1]))
     pictures = []
     for images in frames:
-        grid = make_grid(images, nrow=columns)  # three channels, all the same
+        grid = make_grid(images, nrow=columns)  # three identical channels
         pictures.append(Image.fromarray(grid[0].numpy()))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=FRAME_TIME, loop=0)
 
@@ -100,27 +101,28 @@ def save_animation(frames, path):
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Generate new digits with a trained generator.")
     parser.add_argument("--out", required=True,
-                        help="grid.png, an animation.gif, or digits.npy: uint8 (count, 28, 28)")
+                        help="output: a .png grid, a .gif animation, or a .npy array, uint8 "
+                             "(count, 28, 28)")
     parser.add_argument("--count", type=int, default=100,
-                        help="how many digits (default: %(default)s)")
+                        help="number of digits (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0,
-                        help="random seed; another one gives other digits (default: %(default)s)")
+                        help="random seed (default: %(default)s)")
     parser.add_argument("--checkpoint",
-                        help="a checkpoint.pt or generator.pt (default: out/checkpoint.pt, or the "
-                             "trained results/generator.pt as long as there is none)")
+                        help="a checkpoint.pt or generator.pt (default: out/checkpoint.pt if it "
+                             "exists, else results/generator.pt)")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     arguments = parser.parse_args()
     suffix = Path(arguments.out).suffix.lower()
     if suffix not in (".png", ".gif", ".npy"):
-        parser.error(f"--out {arguments.out}: take a name that ends in .png, .gif or .npy")
+        parser.error(f"--out {arguments.out}: the name must end in .png, .gif or .npy")
     most = 100_000
     if suffix == ".gif":
         most = 400
     if not 1 <= arguments.count <= most:
-        parser.error(f"--count {arguments.count}: take 1 to {most} for a {suffix}")
+        parser.error(f"--count {arguments.count}: use 1 to {most} for a {suffix} file")
     if not 0 <= arguments.seed < 2**63:
-        parser.error(f"--seed {arguments.seed}: take 0 to 2**63 - 1")
+        parser.error(f"--seed {arguments.seed}: use 0 to 2**63 - 1")
     if arguments.checkpoint is None:
         arguments.checkpoint = Path("out/checkpoint.pt")
         if not arguments.checkpoint.exists():
@@ -138,13 +140,13 @@ def main():
             save_animation(interpolate(generator, arguments.count, arguments.seed), out)
         elif out.suffix.lower() == ".npy":
             digits = sample_digits(generator, arguments.count, arguments.seed)
-            with open(out, "wb") as file:  # to a name in capitals, numpy would add another .npy
+            with open(out, "wb") as file:  # numpy.save(out) would turn .NPY into .NPY.npy
                 numpy.save(file, digits.squeeze(1).numpy())
         else:
             save_grid(sample_digits(generator, arguments.count, arguments.seed), out)
     except (OSError, InputError) as error:
         sys.exit(f"sample.py: {error}")
-    print(f"{out}: {arguments.count} digits by the generator in {arguments.checkpoint}, "
+    print(f"{out}: wrote {arguments.count} digits of the generator in {arguments.checkpoint}, "
           f"seed {arguments.seed}")
 
 

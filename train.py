@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Loading PyTorch takes seconds. If Ctrl-C is pressed meanwhile, print a line and no traceback.
+    # Loading PyTorch takes seconds. Ctrl-C during that time should print a line, not a traceback.
     def stop_while_loading(*_):
-        print("train.py: stopped before it began; run the same command again", file=sys.stderr)
+        message = "train.py: interrupted before training began; run the same command again"
+        print(message, file=sys.stderr)
         sys.exit(130)
 
     signal.signal(signal.SIGINT, stop_while_loading)
@@ -43,19 +44,21 @@ from gan import (
 )
 from plot_losses import COLUMNS, plot
 
-EPOCHS = 8             # passes over the images
-BATCH_SIZE = 64        # images per step
-LEARNING_RATE = 0.001  # DCGAN's is 0.0002; small networks like these learn faster with more
-LOG_EVERY = 20         # a row of losses.csv is the mean over so many steps
+EPOCHS = 8
+BATCH_SIZE = 64
+LEARNING_RATE = 0.001  # DCGAN uses 0.0002, but small networks learn faster with a higher rate
+LOG_EVERY = 20         # the number of steps that a row of losses.csv averages
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 
 
 def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE, seed=0, data=None,
           out="out", resume=False):
-    """Train a GAN, write the files of the run into the folder `out`, and return the averaged G.
+    """Train a GAN, save the files of the run in the folder `out`, and return the generator.
 
-    data: a folder with images. None means the MNIST files that come with this repository.
-    resume: continue the run in `out`, with the same arguments, until it has `epochs` epochs.
+    The weights of the returned generator are the running average.
+
+    data: a folder with images. None selects the MNIST files of this repository.
+    resume: continue the run in `out` until it has `epochs` epochs. The other arguments must match.
 
     Raises InputError for invalid arguments and unsuitable files, OSError for files that cannot be
     read or written, and FloatingPointError if the training diverges.
@@ -65,7 +68,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     if not resume:
         refuse_to_overwrite(out)
     if data is not None:
-        data = str(Path(data).resolve())  # the same from every folder
+        data = str(Path(data).resolve())  # absolute, so that --resume works from any folder
     device = pick_device(device)
     images = load_images(data or SHIPPED_DATA).to(device)             # uint8 (60000, 1, 28, 28)
     steps_per_epoch = count_steps(images, batch_size)
@@ -74,7 +77,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     generator = Generator().to(device)
     discriminator = Discriminator().to(device)
     if device.type == "cpu":
-        # The channels of a pixel lie side by side in memory. This makes a step 13 % faster.
+        # Convolutions are faster if the channels of a pixel are adjacent in memory
+        # (results/README.md, "Speed").
         generator.to(memory_format=torch.channels_last)
         discriminator.to(memory_format=torch.channels_last)
     average = copy.deepcopy(generator)
@@ -106,8 +110,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
                     generator, discriminator, g_optimizer, d_optimizer, real, step)
             update_average(average, generator, step)
 
-            # The losses stay on the device until a row is complete: reading them in every step
-            # would make the processor wait for a GPU each time.
+            # The losses stay on the device until a row of losses.csv is complete. Reading them in
+            # every step would make the CPU wait for a GPU each time.
             recent.append(losses)
             if len(recent) == LOG_EVERY or step == last_step:
                 d_loss, g_loss, d_real, d_fake = torch.stack(recent).mean(dim=0).tolist()
@@ -124,7 +128,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
               f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
         samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
         save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
-        save_atomically({"average": average.state_dict()}, out / "generator.pt")  # to pass on
+        save_atomically({"average": average.state_dict()}, out / "generator.pt")
         save_checkpoint(out, epoch, log.stat().st_size, settings, state)
 
     plot(log, out / "losses.png")
@@ -132,11 +136,11 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
 
 
 def precision(device):
-    """A context in which the layers compute in bfloat16, on processors with instructions for it.
+    """Return a context in which the layers compute in bfloat16 if the CPU supports AVX-512 BF16.
 
     Weights and losses stay in float32. On all other devices the context does nothing. Autocast's
-    cache is off: it would keep bfloat16 copies of D's weights, and G's update would use the copies
-    from before D's update.
+    cache is disabled. It would keep bfloat16 copies of D's weights, and G's update would use the
+    copies from before D's update.
     """
     fast = False
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not yet in PyTorch 2.6
@@ -145,7 +149,7 @@ def precision(device):
 
 
 def progress_bar(batches, title):
-    """A bar over the batches that counts images. disable=None hides it in a pipe or a file."""
+    """Return a progress bar that counts images. disable=None hides it if stderr is no terminal."""
     return tqdm(batches, desc=title, unit=" images", unit_scale=len(batches[0]), leave=False,
                 disable=None)
 
@@ -155,23 +159,23 @@ def check_finite(epoch, values):
         if not torch.as_tensor(value).isfinite().all():
             raise FloatingPointError(
                 f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
-                "checkpoint of the epoch before is kept. Try a lower --lr, with another --out")
+                "checkpoint of the previous epoch is kept. Try a lower --lr, with another --out")
 
 
 def count_steps(images, batch_size):
-    """The number of steps in an epoch. The images that do not fill a batch are left out of it."""
+    """Return the number of steps in an epoch. Images that do not fill a batch are left out."""
     if not 1 <= batch_size <= len(images):
-        raise InputError(f"--batch-size {batch_size}: take 1 to {len(images)}, as there are only "
-                         f"{len(images)} images")
+        raise InputError(f"--batch-size {batch_size}: use 1 to {len(images)}, because there are "
+                         f"only {len(images)} images")
     return len(images) // batch_size
 
 
 def load_images(folder):
     """Load the training images in a folder: uint8 (N, 1, 28, 28).
 
-    The folder has a file train-images-idx3-ubyte in the format of MNIST, or a folder MNIST/raw. If
-    that has only the .gz files of MNIST, torchvision checks and unpacks them, and downloads those
-    that are missing. Raises InputError if there is no file of images with 28x28 pixels.
+    The folder must contain a file train-images-idx3-ubyte in the format of MNIST, or a folder
+    MNIST/raw. If MNIST/raw contains only .gz files, torchvision checks and unpacks them, and
+    downloads missing ones. Raises InputError if there is no file of images with 28x28 pixels.
     """
     path = Path(folder) / "train-images-idx3-ubyte"
     mnist = Path(folder) / "MNIST" / "raw"
@@ -181,7 +185,7 @@ def load_images(folder):
             unpack_mnist(folder)
     if not path.exists():
         raise InputError(f"{folder} has neither train-images-idx3-ubyte nor MNIST/raw; "
-                         "without --data, train.py uses the MNIST files that come with it")
+                         "without --data, train.py uses the MNIST files of this repository")
     try:
         images = read_image_file(path)
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -195,7 +199,7 @@ def load_images(folder):
 
 def unpack_mnist(folder):
     try:
-        MNIST(folder, download=True)  # making the object unpacks the files
+        MNIST(folder, download=True)  # the constructor unpacks the files
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"a .gz file in {folder}/MNIST/raw is missing or damaged, or the folder "
@@ -222,7 +226,7 @@ def open_run(out, resume, settings, state):
     else:
         epochs_done, log_size = 0, 0
         out.mkdir(parents=True, exist_ok=True)
-    # Save now, so that even epoch 1 can be resumed, and a new number of epochs is remembered.
+    # Save now, so that a run can be resumed in its first epoch, and that a new --epochs is kept.
     save_checkpoint(out, epochs_done, log_size, settings, state)
 
     (out / "samples").mkdir(exist_ok=True)
@@ -234,7 +238,7 @@ def open_run(out, resume, settings, state):
 
 
 def save_checkpoint(out, epoch, log_size, settings, state):
-    """Write checkpoint.pt, which has all that --resume needs."""
+    """Write checkpoint.pt, which contains everything that --resume needs."""
     checkpoint = {"epoch": epoch, "log_size": log_size, "settings": settings}
     for name, part in state.items():
         checkpoint[name] = part.state_dict()
@@ -242,9 +246,9 @@ def save_checkpoint(out, epoch, log_size, settings, state):
 
 
 def save_atomically(content, path):
-    """Like torch.save, but if it is interrupted or the disk is full, the old file remains."""
+    """Save like torch.save, but keep the old file if interrupted or if the disk is full."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # given a path, it would not raise OSError on a full disk
+    torch.save(content, buffer)  # to a path, it would not raise OSError for a full disk
     partial = path.with_suffix(".partial")
     try:
         partial.write_bytes(buffer.getbuffer())
@@ -263,7 +267,7 @@ def load_run(out):
 def restore_checkpoint(out, settings, state):
     """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and its log_size.
 
-    Raises InputError if it does not fit the networks, if it contradicts the settings, or if
+    Raises InputError if the checkpoint does not fit the networks or contradicts the settings, or if
     losses.csv has lost rows.
     """
     checkpoint = load_run(out)
@@ -275,15 +279,16 @@ def restore_checkpoint(out, settings, state):
             part.load_state_dict(checkpoint[name])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise InputError(f"{out}/checkpoint.pt cannot be resumed: it is only a generator.pt, or it "
-                         "was saved by another version of this program") from None
+                         "was saved by another or an edited version of this program") from None
     for name, value in settings.items():
         if name != "epochs" and value != saved[name]:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} {value} contradicts the run in {out}, which has {option} "
-                             f"{saved[name]}; take that, or begin another run with --out")
+                             f"{saved[name]}; use that value, or begin a new run with another "
+                             "--out")
     if epoch > settings["epochs"]:
-        raise InputError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch}; "
-                         "give a larger number to continue it")
+        raise InputError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch} "
+                         "epochs; give a larger number to continue it")
     log = out / "losses.csv"
     if log_size > 0 and (not log.exists() or log.stat().st_size < log_size):
         raise InputError(f"{log} is shorter than it was after epoch {epoch}; restore it, or begin "
@@ -302,7 +307,7 @@ def learning_rate(text):
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < 1e38:  # float32 can hold it, and it is not NaN
+    if not 0 < number < 1e38:  # float32 cannot hold larger numbers; NaN fails both comparisons
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and below 1e38")
     return number
 
@@ -316,13 +321,15 @@ def random_seed(text):
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
     parser.add_argument("--epochs", type=positive_int, default=EPOCHS,
-                        help="passes over the images, in all (default: %(default)s)")
+                        help="total number of epochs (default: %(default)s, or that of the "
+                             "resumed run)")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE,
                         help="images per step (default: %(default)s)")
     parser.add_argument("--lr", type=learning_rate, default=LEARNING_RATE,
-                        help="learning rate of Adam, for both networks (default: %(default)s)")
+                        help="initial learning rate of Adam, for both networks "
+                             "(default: %(default)s)")
     parser.add_argument("--seed", type=random_seed, default=0,
                         help="random seed (default: %(default)s)")
     parser.add_argument("--data",
@@ -333,8 +340,8 @@ def parse_arguments():
                         help="continue the run in --out, with its settings")
     arguments = parser.parse_args()
     if arguments.resume:
-        # Parse again, with the settings of the run as defaults. Only an option that was typed can
-        # then differ from them, and restore_checkpoint() rejects it.
+        # Parse again, with the settings of the run as defaults. Only an option that the user typed
+        # can then differ from them. restore_checkpoint() rejects any such difference but --epochs.
         settings = load_run(arguments.out).get("settings")
         if isinstance(settings, dict) and settings.keys() <= vars(arguments).keys():
             parser.set_defaults(**settings)
@@ -348,7 +355,7 @@ def how_to_continue(arguments):
         return "nothing was saved yet; run the same command again"
     command = ["python", "train.py", "--resume", "--epochs", str(arguments.epochs),
                "--device", arguments.device, "--out", arguments.out]
-    return f"{checkpoint} has what was finished; continue with: {shlex.join(command)}"
+    return f"{checkpoint} contains the finished epochs; continue with: {shlex.join(command)}"
 
 
 def main():

@@ -1,10 +1,10 @@
-"""Measure what the README states. This is no test: it asserts nothing, and its figures vary.
+"""Reproduce the measurements of the README. The script asserts nothing, and its figures vary.
 
-    python tests/benchmark.py speed                     a training step, with and without each trick
-    python tests/benchmark.py quality FILE ...          score checkpoints
-    python tests/benchmark.py experiments [NAME ...]    edit, train, sample and score
+    python tests/benchmark.py speed                     time a training step and variants of it
+    python tests/benchmark.py quality FILE ...          score the generators in checkpoints
+    python tests/benchmark.py experiments [NAME ...]    change the program, train it and score it
 
-Run it with nothing else beside it. --help explains the options.
+Measure speed only while no other program uses the processor.
 """
 import argparse
 import contextlib
@@ -31,10 +31,10 @@ import gan
 import train
 from sample import load_generator, sample_digits
 
-CACHE = Path(tempfile.gettempdir()) / "gan_benchmark_classifier.pt"
+CACHE = Path(tempfile.gettempdir()) / "gan_benchmark_digit_classifier.pt"
 
-# The experiments and failures of the README. Each is a list of edits: a file, a text that stands
-# there once, and the text that replaces it.
+# The experiments and failures of the README. Each is a list of edits. An edit names a file, a text
+# that occurs in it exactly once, and the replacement.
 EXPERIMENTS = {
     "no change": [],
     "no R1 penalty": [
@@ -71,13 +71,13 @@ EXPERIMENTS = {
 
 
 def finish(device):
-    """Wait until the device has done all that it was asked to do."""
+    """Wait until the device has finished all queued work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
 
 class Training:
-    """The networks of a training, and its steps, with one thing done differently."""
+    """The networks and optimizers of a run, for timing a training step or a variant of it."""
 
     def __init__(self, device, images, bfloat16=True, channels_last=True, r1="in some steps"):
         self.device = device
@@ -95,6 +95,7 @@ class Training:
 
     def run(self, steps):
         for step in range(1, steps + 1):
+            # Step 1 has no penalty, and step R1_INTERVAL has one.
             if self.r1 == "never":
                 step = 1
             if self.r1 == "in every step":
@@ -111,7 +112,10 @@ class Training:
 
 
 def measure_speed(device, rounds):
-    """Print images per second of train.py's step, and of variants, all measured in turns."""
+    """Print the images per second of train.py's step and of its variants.
+
+    They take turns, because the speed of a machine drifts. The ratios do not depend on that.
+    """
     images = train.load_images(train.SHIPPED_DATA).to(device)
     trainings = {
         "as train.py does it": Training(device, images),
@@ -139,7 +143,7 @@ def measure_speed(device, rounds):
 
 
 class Classifier(nn.Module):
-    """Digits (N, 1, 28, 28) in [-1, 1] to logits (N, 10). features() come before the last layer."""
+    """Maps digits (N, 1, 28, 28) in [-1, 1] to logits (N, 10), by way of 64 features."""
 
     def __init__(self):
         super().__init__()
@@ -160,13 +164,13 @@ def to_input(digits):
 
 
 def load_classifier(digits, labels, epochs=3):
-    """A Classifier that was trained on these digits, once: it is kept in CACHE."""
+    """Return a Classifier that is trained on these digits, or load it from CACHE."""
     torch.manual_seed(0)
     classifier = Classifier()
     if CACHE.exists():
         classifier.load_state_dict(torch.load(CACHE, weights_only=True))
         return classifier.eval()
-    print(f"training a classifier for {epochs} epochs; it is kept in {CACHE}", flush=True)
+    print(f"training a classifier for {epochs} epochs and saving it as {CACHE}", flush=True)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
     for _ in range(epochs):
         for batch in torch.randperm(len(digits)).split(100):
@@ -179,24 +183,28 @@ def load_classifier(digits, labels, epochs=3):
 
 
 def frechet_distance(one, other):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), for features (N, F) and (M, F).
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for features (N, F) and (M, F).
 
     m and C are the mean and the covariance of each set. The distance is 0 if both agree (Heusel et
-    al. 2017, arxiv.org/abs/1706.08500, who take the features of a classifier of photographs).
+    al. 2017, arxiv.org/abs/1706.08500). That paper uses the features of an ImageNet classifier.
     """
     one, other = one.double(), other.double()
     c1, c2 = one.T.cov(), other.T.cov()
     values, vectors = torch.linalg.eigh(c1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # C1 C2 has the eigenvalues of the symmetric matrix root C2 root, which are easier to compute.
+    # With root = C1^(1/2), C1 C2 has the same eigenvalues as root C2 root. These are easier to
+    # compute, because root C2 root is symmetric.
     trace = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     mean_distance = (one.mean(0) - other.mean(0)).square().sum()
     return (mean_distance + c1.trace() + c2.trace() - 2 * trace).item()
 
 
 def covered(points, others, neighbours=3):
-    """The share of `points` that lie among `others`: within the distance of one of them from its
-    third nearest neighbour (Kynkäänniemi et al. 2019, arxiv.org/abs/1904.06991)."""
+    """Return the share of `points` that lie within the radius of at least one of `others`.
+
+    The radius of a point in `others` is the distance to its third nearest neighbour in `others`
+    (Kynkäänniemi et al. 2019, arxiv.org/abs/1904.06991).
+    """
     radii = []
     for part in others.split(1000):
         radii.append(torch.cdist(part, others).kthvalue(neighbours + 1, dim=1).values)
@@ -208,30 +216,34 @@ def covered(points, others, neighbours=3):
 
 
 def nearest_distance(digits, known):
-    """The median distance of digits from the nearest of `known`, with pixels from 0 to 1."""
+    """Return the median distance to the nearest of `known`, with pixels scaled to [0, 1]."""
     digits, known = digits.flatten(1).float() / 255, known.flatten(1).float() / 255
     distances = [torch.cdist(part, known).amin(dim=1) for part in digits.split(100)]
     return torch.cat(distances).median().item()
 
 
 class Scorer:
-    """Scores digits with a classifier that was trained on 40,000 of MNIST's training digits.
+    """Scores digits with a classifier trained on 40,000 of MNIST's training digits.
 
-    Digits are compared with MNIST's 10,000 test digits, which neither the classifier nor the GAN
-    was shown. The training digits from 50,000 on, unknown to the classifier, are scored as well.
-    They are a reference and not a limit, as the README explains.
+    Digits are compared with MNIST's 10,000 test digits. Neither the classifier nor the GAN was
+    trained on them. As a reference, 10,000 training digits that the classifier was not trained on
+    are scored in the same way. The two sets of training digits are drawn at random, because MNIST
+    stores the digits of one writer next to one another.
     """
 
     def __init__(self):
-        known = MNIST(train.SHIPPED_DATA, download=True)
-        unseen = MNIST(train.SHIPPED_DATA, train=False)
-        self.training_digits = known.data
-        self.test_digits = unseen.data
-        self.classifier = load_classifier(known.data[:40_000], known.targets[:40_000])
-        self.reference, logits = self.look_at(unseen.data)
-        wrong = (logits.argmax(dim=1) != unseen.targets).float().mean().item()
-        print(f"the classifier is wrong about {100 * wrong:.2f} % of the test digits\n")
-        print("Fréchet distance, precision, recall, confident (> 95 %), rarest class, nearest one")
+        training = MNIST(train.SHIPPED_DATA, download=True)
+        test = MNIST(train.SHIPPED_DATA, train=False)
+        order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
+        known = order[:40_000]
+        self.training_digits = training.data
+        self.test_digits = test.data
+        self.real_digits = training.data[order[50_000:]]
+        self.classifier = load_classifier(training.data[known], training.targets[known])
+        self.reference, logits = self.look_at(test.data)
+        wrong = (logits.argmax(dim=1) != test.targets).float().mean().item()
+        print(f"the classifier misclassifies {100 * wrong:.2f} % of the test digits\n")
+        print("Fréchet distance, precision, recall, confident (> 95 %), rarest class, nearest")
 
     @torch.no_grad()
     def look_at(self, digits):
@@ -240,20 +252,20 @@ class Scorer:
         return features, self.classifier.head(features)
 
     def score(self, name, digits, for_nearest):
-        """Print a row of scores. The last one is measured with the digits `for_nearest`."""
+        """Print a row of scores. The nearest distance is measured for the digits `for_nearest`."""
         features, logits = self.look_at(digits)
         probabilities = logits.softmax(dim=1)
         confident = (probabilities.amax(dim=1) > 0.95).float().mean().item()
         shares = probabilities.argmax(dim=1).bincount(minlength=10) / len(digits)
-        print(f"{frechet_distance(features, self.reference):6.2f}  "
+        nearest = nearest_distance(for_nearest[:1000], self.training_digits)
+        print(f"{frechet_distance(features, self.reference):7.2f}  "
               f"{covered(features, self.reference):.3f}  {covered(self.reference, features):.3f}  "
               f"{100 * confident:5.1f} %  {100 * shares.min().item():4.1f} %  "
-              f"{nearest_distance(for_nearest[:1000], self.training_digits):.2f}  {name}", flush=True)
+              f"{nearest:.2f}  {name}", flush=True)
 
     def score_real_digits(self):
-        # A training digit is its own nearest one, so the last column takes test digits.
-        self.score("real digits: training digits 50,000 to 59,999, and test digits for the last "
-                   "column", self.training_digits[50_000:], for_nearest=self.test_digits)
+        # The nearest training digit of a training digit is itself, so that column uses test digits.
+        self.score("real digits", self.real_digits, for_nearest=self.test_digits)
 
     def score_generated(self, name, digits):
         self.score(name, digits, for_nearest=digits)
@@ -277,12 +289,12 @@ def apply(edits, folder):
         path = folder / name
         text = path.read_text(encoding="utf-8")
         if text.count(old) != 1:
-            raise ValueError(f"{name} does not contain exactly once: {old}")
+            raise ValueError(f"{name} must contain this text exactly once: {old}")
         path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def run_experiment(name, epochs, seed, out):
-    """Apply an experiment's edits to a copy of the program in `out`, train it, and sample."""
+    """Copy the program to `out`, apply the edits of an experiment, train, and sample."""
     folder = out / f"{name.replace(' ', '_')}_seed_{seed}"
     copy_program(folder)
     apply(EXPERIMENTS[name], folder)
@@ -309,22 +321,28 @@ def run_experiments(names, epochs, seeds, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure speed and quality.")
+    parser = argparse.ArgumentParser(
+        description="Measure the speed of training and the quality of the digits.")
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("speed", help="a training step and its variants")
-    part.add_argument("--device", default="auto")
-    part.add_argument("--rounds", type=int, default=9)
+    part.add_argument("--device", default="auto",
+                      help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    part.add_argument("--rounds", type=int, default=9,
+                      help="number of timed rounds (default: %(default)s)")
     part = parts.add_parser("quality", help="score checkpoints and real digits")
-    part.add_argument("checkpoints", nargs="*")
+    part.add_argument("checkpoints", nargs="*", help="checkpoint.pt or generator.pt files")
     part = parts.add_parser("experiments", help="edit, train, sample and score")
     part.add_argument("names", nargs="*", help=f"some of: {', '.join(EXPERIMENTS)} (default: all)")
-    part.add_argument("--epochs", type=int, default=8)
-    part.add_argument("--seeds", type=int, nargs="+", default=[0])
-    part.add_argument("--out", type=Path, default=Path("out-experiments"))
+    part.add_argument("--epochs", type=int, default=8,
+                      help="number of epochs (default: %(default)s)")
+    part.add_argument("--seeds", type=int, nargs="+", default=[0],
+                      help="random seeds, one run for each (default: 0)")
+    part.add_argument("--out", type=Path, default=Path("out-experiments"),
+                      help="folder for the changed copies (default: %(default)s)")
     arguments = parser.parse_args()
     for name in getattr(arguments, "names", []):
         if name not in EXPERIMENTS:
-            parser.error(f"there is no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}")
+            parser.error(f"unknown experiment {name!r}; choose from: {', '.join(EXPERIMENTS)}")
     print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores")
     if arguments.part == "speed":

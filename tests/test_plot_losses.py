@@ -31,7 +31,8 @@ def colours(path):
 def test_log_of_any_length_is_plotted_in_two_colours(cli, log, rows):
     log.write_text(HEADER + "".join(ROWS[:rows]))
     out = log.parent / "new" / "plot.png"
-    assert cli(plot_losses, "--csv", log, "--out", out) == (0, f"{out}: the losses of {log}\n", "")
+    message = f"{out}: wrote the plot of {log}\n"
+    assert cli(plot_losses, "--csv", log, "--out", out) == (0, message, "")
     assert {plot_losses.BLUE, plot_losses.ORANGE} <= colours(out)
 
 
