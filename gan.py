@@ -49,7 +49,8 @@ def sample_latent(count, device="cpu", random=None):
 
     The first N_CATEGORIES entries encode a category as a "one-hot" vector: one of them is
     CATEGORY_SCALE, and the others are 0. The other entries are noise from a standard normal
-    distribution. `random` is a torch.Generator on the device. None selects PyTorch's default one.
+    distribution. `random` is a torch.Generator, PyTorch's source of random numbers, on the device.
+    None selects the default one.
 
     Most GANs use noise only. But a network is a continuous function: it turns similar z into
     similar images. That suits slant and stroke width, which vary continuously. It does not suit the
@@ -59,10 +60,11 @@ def sample_latent(count, device="cpu", random=None):
     draw anything there.
 
     Training uses no labels, and no loss ties a category to a digit. In the trained generator, each
-    category nevertheless produces one digit, or a few similar ones. A likely reason is that G can
-    switch between digits most easily from one part of the latent space to another. InfoGAN (Chen et
-    al. 2016, arxiv.org/abs/1606.03657) has a similar latent vector. It adds a loss that rewards
-    images from which a network can recover the category. This program does not have that loss.
+    category nevertheless produces one digit, or a few similar ones. A likely reason is that a
+    change from one digit to another has to be abrupt, and G can change abruptly only between two
+    parts of the latent space. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has a similar
+    latent vector. It adds a loss that rewards images from which a network can recover the category.
+    This program does not have that loss.
     """
     category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
     one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
@@ -84,26 +86,28 @@ class Generator(nn.Module):
     In the last two upsampling layers, the kernel size 4 is a multiple of the stride 2. The same
     number of copies therefore overlaps at every pixel, except at the border. With size 3 or 5, this
     number differs between neighbouring pixels, and the image shows a checkerboard pattern (Odena et
-    al. 2016, distill.pub/2016/deconv-checkerboard). The first of these layers has size 3, because
+    al. 2016, distill.pub/2016/deconv-checkerboard). The first upsampling layer has size 3, because
     enlarging 4 pixels to 7 needs an odd size. Later layers can remove the pattern that it causes.
 
     BatchNorm2d normalises each channel to mean 0 and variance 1 over all pixels of all images in
     the batch. It then applies a learned scale and shift. Without it, the early layers may map all z
-    to nearly the same values, and G draws the same image for every z (Radford et al. 2015,
-    arxiv.org/abs/1511.06434, section 3, the paper on DCGAN). A layer before batch norm needs no
-    bias, because subtracting the mean would cancel it. The last layer has no batch norm, because
-    batch norm would force the same brightness and contrast on every batch.
+    to nearly the same values, and G draws the same image for every z. This was found for DCGAN, the
+    deep convolutional GAN (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3). A layer
+    before batch norm needs no bias, because subtracting the mean would cancel it. The last layer
+    has no batch norm, because batch norm would force the same brightness and contrast on every
+    batch.
 
-    DCGAN uses ReLU in G. It passes no gradient where its input is negative. This does little harm
-    in G, because batch norm keeps about half of the inputs of each channel positive. Every channel
-    therefore learns from some images of the batch. The docstring of Discriminator explains why D
-    differs.
+    As in DCGAN, the activation in G is ReLU. ReLU passes no gradient where its input is negative.
+    This does little harm in G, because batch norm keeps about half of the inputs of each channel
+    positive. Every channel therefore learns from some images of the batch. The docstring of
+    Discriminator explains why D differs.
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
     white (1). Tanh is close to these values for every input far from 0, so G does not have to find
-    one exact input. A sigmoid is the same curve with both axes rescaled. It could be used with real
-    images in [0, 1]. What matters is that fakes and real images have the same range.
+    one exact input. A sigmoid is the same curve, rescaled and shifted, because sigmoid(x) is
+    (1 + tanh(x / 2)) / 2. It could be used with real images in [0, 1]. What matters is that fakes
+    and real images have the same range.
     """
 
     def __init__(self):
@@ -178,7 +182,7 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images):
-        return self.layers(images).float()  # the layers may compute in bfloat16, the losses not
+        return self.layers(images).float()  # float32 for the losses; layers may use bfloat16
 
 
 def init_weights(module):
@@ -219,11 +223,12 @@ def generator_loss(fake_logits):
         the derivative of log(1 - D) is -D
         the derivative of -log D     is -(1 - D)
 
-    Early in training, D recognises nearly every fake, and D is near 0 for it. The first derivative
-    is then near 0 as well. The loss "saturates": G learns very little from these fakes, although it
-    has most to learn from them. The second derivative is near -1 for the same fakes. This loss is
-    therefore called non-saturating (Goodfellow et al., end of section 3). Adam divides each
-    gradient by its recent size, which makes up for part of the difference (README: "Experiments").
+    Early in training, D recognises nearly every fake, so D(G(z)) is near 0. The derivative of
+    log(1 - D) is then near 0 as well. That loss "saturates": G learns very little from these fakes,
+    although it has the most to learn from them. The derivative of -log D is near -1 for the same
+    fakes, so -log D is called non-saturating (Goodfellow et al., end of section 3). Adam divides
+    each gradient by its recent size, which makes up for part of the difference (README:
+    "Experiments").
     """
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
@@ -245,7 +250,7 @@ def r1_penalty(discriminator, real):
     The penalty increases D's loss where the logit is steep at a real image. It therefore favours a
     D whose logit changes gradually.
     """
-    real = real.detach().requires_grad_()  # a new tensor, because the caller's needs no gradient
+    real = real.detach().requires_grad_()  # a new tensor; the caller's needs no gradient
     logits = discriminator(real)
     # Apart from a small effect through batch norm, each image influences only its own logit. The
     # gradient of the sum with respect to an image is therefore nearly that of its own logit.
@@ -306,9 +311,9 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     loss = d_loss
     if step % R1_INTERVAL == 0:
         # Computing the penalty takes more than half as long as the rest of the step. Adding it in
-        # one of R1_INTERVAL steps, with R1_INTERVAL times the weight, has about the same effect
-        # and takes much less time (Karras et al. 2020, arxiv.org/abs/1912.04958, section 3.1,
-        # "lazy regularization").
+        # only one of every R1_INTERVAL steps, with R1_INTERVAL times the weight, has about the same
+        # effect and takes much less time. Karras et al. (2020, arxiv.org/abs/1912.04958, section
+        # 3.1) call this "lazy regularization".
         loss = d_loss + R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     loss.backward()
@@ -333,7 +338,7 @@ def update_average(average, generator, step):
 
     GAN training does not converge to a point. Each network reacts to the other, so G's weights keep
     moving around a good solution. Their average is closer to it (Yazıcı et al. 2018,
-    arxiv.org/abs/1806.04498). Only the samples use the average, and the training does not.
+    arxiv.org/abs/1806.04498). Only the samples use the average. The training does not.
 
     Each step moves the average towards the newest weights by the fraction 10 / (step + 9). In
     step 1, this fraction is 1. It falls so that the last tenth of the steps so far determines about

@@ -58,7 +58,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     The weights of the returned generator are the running average.
 
     data: a folder with images. None selects the MNIST files of this repository.
-    resume: continue the run in `out` until it has `epochs` epochs. The other arguments must match.
+    resume: continue the run in `out` until it has `epochs` epochs. The arguments batch_size, lr,
+    seed and data must be those of the run.
 
     Raises InputError for invalid arguments and unsuitable files, OSError for files that cannot be
     read or written, and FloatingPointError if the training diverges.
@@ -91,8 +92,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     epochs_done = open_run(out, resume, settings, state)
 
     for epoch in range(epochs_done + 1, epochs + 1):
-        # The order of the images and all noise of an epoch depend on this seed alone. A resumed run
-        # therefore continues with the same random numbers as a run that was never stopped.
+        # The order of the images and all latent vectors of an epoch depend on this seed alone. A
+        # resumed run therefore continues with the same random numbers as an uninterrupted one.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         step = (epoch - 1) * steps_per_epoch
