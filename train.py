@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     # Loading PyTorch takes seconds. Ctrl-C during that time should print a line, not a traceback.
     def stop_while_loading(*_):
-        message = "train.py: interrupted before training began; run the same command again"
+        message = "train.py: stopped before training began; run the same command again"
         print(message, file=sys.stderr)
         sys.exit(130)
 
