@@ -271,23 +271,6 @@ def make_optimizer(network, lr):
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
 
-DECAY_START = 2000  # the last step with the full learning rate, early in the third epoch of MNIST
-
-
-def set_learning_rate(optimizer, lr, step):
-    """Set the learning rate of a step. It is `lr` up to DECAY_START, then it falls as 1/sqrt(step).
-
-    Large updates are useful early, when G has to learn the shapes of digits. Later they make the
-    weights fluctuate, and both networks miss small differences between fakes and real images.
-    Smaller updates let them learn these differences.
-
-    The rate depends on the step alone and not on the length of the run. The first 8 epochs of a run
-    of 50 are therefore identical to a run of 8 epochs.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * min(1, (DECAY_START / step) ** 0.5)
-
-
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, step):
     """Train on a batch of real images: update D once, then update G once.
 

@@ -39,7 +39,6 @@ from gan import (
     make_optimizer,
     pick_device,
     sample_latent,
-    set_learning_rate,
     update_average,
 )
 from plot_losses import COLUMNS, plot
@@ -104,8 +103,6 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
         for indices in bar:
             step += 1
             real = images[indices].float() / 127.5 - 1                # from [0, 255] to [-1, 1]
-            set_learning_rate(g_optimizer, lr, step)
-            set_learning_rate(d_optimizer, lr, step)
             with precision(device):
                 losses = adversarial_step(
                     generator, discriminator, g_optimizer, d_optimizer, real, step)
@@ -329,8 +326,7 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE,
                         help="images per step (default: %(default)s)")
     parser.add_argument("--lr", type=learning_rate, default=LEARNING_RATE,
-                        help="initial learning rate of Adam, for both networks "
-                             "(default: %(default)s)")
+                        help="learning rate of Adam, for both networks (default: %(default)s)")
     parser.add_argument("--seed", type=random_seed, default=0,
                         help="random seed (default: %(default)s)")
     parser.add_argument("--data",

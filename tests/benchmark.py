@@ -52,9 +52,6 @@ EXPERIMENTS = {
         ("train.py", "update_average(average, generator, step)",
          "average.load_state_dict(generator.state_dict())"),
     ],
-    "constant learning rate": [
-        ("gan.py", "lr * min(1, (DECAY_START / step) ** 0.5)", "lr"),
-    ],
     "learning rate 0.1": [
         ("train.py", "LEARNING_RATE = 0.001 ", "LEARNING_RATE = 0.1 "),
     ],

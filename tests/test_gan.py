@@ -10,7 +10,7 @@ import gan
 from conftest import blobs
 from gan import (LATENT_DIM, N_CATEGORIES, R1_GAMMA, R1_INTERVAL, Discriminator, Generator,
                  adversarial_step, discriminator_loss, generate, generator_loss, make_optimizer,
-                 r1_penalty, sample_latent, set_learning_rate, update_average)
+                 r1_penalty, sample_latent, update_average)
 
 
 @pytest.fixture
@@ -167,15 +167,6 @@ def test_r1_penalty_of_a_linear_discriminator_is_its_squared_slope():
     slope = torch.randn(28 * 28)
     penalty = r1_penalty(lambda images: images.flatten(1) @ slope, real_images(5))
     assert penalty.item() == pytest.approx(R1_GAMMA / 2 * slope.square().sum().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("step, rate", [(1, 0.2), (gan.DECAY_START, 0.2),
-                                        (4 * gan.DECAY_START, 0.1), (25 * gan.DECAY_START, 0.04)])
-def test_learning_rate_is_constant_and_then_falls_as_one_over_the_square_root(
-        networks, step, rate):
-    optimizer = make_optimizer(networks[0], 0.5)
-    set_learning_rate(optimizer, 0.2, step)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_average_is_the_weighted_mean_of_all_generators_so_far(networks):
