@@ -52,6 +52,12 @@ EXPERIMENTS = {
         ("train.py", "update_average(average, generator, step)",
          "average.load_state_dict(generator.state_dict())"),
     ],
+    "falling learning rate": [
+        ("train.py", "            with precision(device):\n",
+         "            for optimizer in (g_optimizer, d_optimizer):\n"
+         "                optimizer.param_groups[0]['lr'] = lr * min(1, (2000 / step) ** 0.5)\n"
+         "            with precision(device):\n"),
+    ],
     "learning rate 0.1": [
         ("train.py", "LEARNING_RATE = 0.001 ", "LEARNING_RATE = 0.1 "),
     ],
