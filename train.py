@@ -45,7 +45,7 @@ from plot_losses import COLUMNS, plot
 
 EPOCHS = 8
 BATCH_SIZE = 64
-LEARNING_RATE = 0.001  # DCGAN uses 0.0002, but small networks learn faster with a higher rate
+LEARNING_RATE = 0.001  # DCGAN uses 0.0002, but these small networks learn faster with more
 LOG_EVERY = 20         # the number of steps that a row of losses.csv averages
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 
