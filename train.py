@@ -74,13 +74,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     steps_per_epoch = count_steps(images, batch_size)
 
     torch.manual_seed(seed)
-    generator = Generator().to(device)
-    discriminator = Discriminator().to(device)
-    if device.type == "cpu":
-        # Convolutions are faster if the channels of a pixel are adjacent in memory
-        # (results/README.md, "Speed").
-        generator.to(memory_format=torch.channels_last)
-        discriminator.to(memory_format=torch.channels_last)
+    generator = Generator().to(device, memory_format=memory_format(device))
+    discriminator = Discriminator().to(device, memory_format=memory_format(device))
     average = copy.deepcopy(generator)
     g_optimizer = make_optimizer(generator, lr)
     d_optimizer = make_optimizer(discriminator, lr)
@@ -131,6 +126,17 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
 
     plot(log, out / "losses.png")
     return average
+
+
+def memory_format(device):
+    """Return the order in which weights and feature maps are stored in memory.
+
+    On a CPU, the channels of a pixel are adjacent, because convolutions are then faster
+    (results/README.md, "Speed"). Other devices keep PyTorch's usual order.
+    """
+    if device.type == "cpu":
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def precision(device):

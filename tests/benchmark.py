@@ -87,11 +87,11 @@ class Training:
         self.images = images
         self.bfloat16 = bfloat16
         self.r1 = r1
-        self.generator = gan.Generator().to(device)
-        self.discriminator = gan.Discriminator().to(device)
-        if channels_last and device.type == "cpu":
-            self.generator.to(memory_format=torch.channels_last)
-            self.discriminator.to(memory_format=torch.channels_last)
+        memory_format = torch.contiguous_format
+        if channels_last:
+            memory_format = train.memory_format(device)
+        self.generator = gan.Generator().to(device, memory_format=memory_format)
+        self.discriminator = gan.Discriminator().to(device, memory_format=memory_format)
         self.average = copy.deepcopy(self.generator)
         self.g_optimizer = gan.make_optimizer(self.generator, train.LEARNING_RATE)
         self.d_optimizer = gan.make_optimizer(self.discriminator, train.LEARNING_RATE)
