@@ -19,9 +19,8 @@ G never receives a real image. It learns from the gradient of D's output with re
 of a fake. This gradient shows how each pixel would have to change for D to rate the fake as more
 real. Backpropagation carries it on to the weights of G.
 
-This gradient is useful only if D's output changes gradually between fakes and real images. A D that
-jumps from "fake" to "real" close to the real images is flat everywhere else. It does not show G in
-which direction to change. The penalty in r1_penalty makes such a D less likely.
+This gradient is useful only if D's output changes gradually between fakes and real images. The
+penalty in r1_penalty favours such a D.
 
 What is the optimum? Let p_data and p_G be the probability densities of real images and of fakes.
 For a fixed G, the best possible D is p_data(x) / (p_data(x) + p_G(x)) (Proposition 1). Where real
@@ -38,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-N_CATEGORIES = 10     # one for each digit, although training uses no labels
+N_CATEGORIES = 10     # as many as there are digits
 NOISE_DIM = 54
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
 CATEGORY_SCALE = 4.0  # with a much larger value, G ignores the noise (README: "Mode collapse")
@@ -61,7 +60,7 @@ def sample_latent(count, device="cpu", random=None):
 
     Training uses no labels, and no loss ties a category to a digit. In the trained generator, each
     category nevertheless produces one digit, or a few similar ones. A likely reason is that a
-    change from one digit to another has to be abrupt, and G can change abruptly only between two
+    change between dissimilar digits has to be abrupt, and G can change abruptly only between two
     parts of the latent space. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has a similar
     latent vector. It adds a loss that rewards images from which a network can recover the category.
     This program does not have that loss.
@@ -80,8 +79,8 @@ class Generator(nn.Module):
 
     ConvTranspose2d is a learned upsampling layer. Each input pixel adds a copy of the kernel to the
     output, multiplied by the value of the pixel. The copies are `stride` pixels apart and overlap.
-    An alternative is to repeat each pixel and to apply a 3x3 convolution to the result. It needs
-    2.25 times as many multiplications as a 4x4 transposed convolution.
+    An alternative is to repeat each pixel and to apply a 3x3 convolution to the result. This
+    alternative needs 2.25 times as many multiplications as a 4x4 transposed convolution.
 
     In the last two upsampling layers, the kernel size 4 is a multiple of the stride 2. The same
     number of copies therefore overlaps at every pixel, except at the border. With size 3 or 5, this
@@ -98,9 +97,9 @@ class Generator(nn.Module):
     batch.
 
     As in DCGAN, the activation in G is ReLU. ReLU passes no gradient where its input is negative.
-    This does little harm in G, because batch norm keeps about half of the inputs of each channel
-    positive. Every channel therefore learns from some images of the batch. The docstring of
-    Discriminator explains why D differs.
+    This does little harm in G. A channel needs a gradient from only some of the images of the batch
+    to learn, and batch norm keeps about half of its inputs positive. D is different: its gradient
+    has to reach the pixels of every single fake.
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
@@ -146,7 +145,7 @@ class Discriminator(nn.Module):
     passes the gradient to only one of four pixels. G needs the gradient at every pixel.
 
     LeakyReLU(0.2) passes a fifth of the gradient where its input is negative. ReLU would pass none,
-    and G would lose that part of its gradient.
+    and that part of the gradient would not reach the pixels of the fake, from which G learns.
 
     BatchNorm2d makes D's output for an image depend a little on the rest of the batch. D can
     therefore detect that all fakes of a batch are alike ("mode collapse"). The first convolution
@@ -189,8 +188,9 @@ def init_weights(module):
     """Draw the weights of convolutions from N(0, 0.02^2), as DCGAN does (section 4).
 
     Small weights matter most in G's last convolution, which no batch norm follows. They make the
-    first fakes nearly uniform grey: the input of tanh is near 0, where tanh is steepest. Linear
-    layers keep PyTorch's default initialisation, which also gives small weights.
+    first fakes nearly uniform grey: the input of tanh is near 0, where tanh is steepest and passes
+    the most gradient. Linear layers keep PyTorch's default initialisation, which also gives small
+    weights.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -227,8 +227,8 @@ def generator_loss(fake_logits):
     log(1 - D) is then near 0 as well. That loss "saturates": G learns very little from these fakes,
     although it has the most to learn from them. The derivative of -log D is near -1 for the same
     fakes, so -log D is called non-saturating (Goodfellow et al., end of section 3). Adam divides
-    each gradient by its recent size, which makes up for part of the difference (README:
-    "Experiments").
+    each gradient by its recent size. This makes up for a part of the difference, but not for all of
+    it (README, "Experiments").
     """
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
@@ -245,12 +245,13 @@ def r1_penalty(discriminator, real):
     squared length of the gradient of D's logit with respect to the pixels.
 
     D can memorise the real images. Its logit then falls steeply around each of them and is flat
-    near the fakes, where G needs a gradient. A steep D also lets the training oscillate forever,
-    even when the fakes already have the distribution of the real images (section 2 of that paper).
-    The penalty increases D's loss where the logit is steep at a real image. It therefore favours a
-    D whose logit changes gradually.
+    near the fakes, where G needs a gradient. The non-saturating loss does not help there: it has a
+    gradient with respect to the logit, but the logit hardly depends on the pixels. A steep D can
+    also push G past its goal, then back again, and so on without end (section 2 of that paper). The
+    penalty increases D's loss where the logit is steep at a real image. It therefore favours a D
+    whose logit changes gradually.
     """
-    real = real.detach().requires_grad_()  # a new tensor; the caller's needs no gradient
+    real = real.detach().requires_grad_()  # a new tensor, so that the caller's does not change
     logits = discriminator(real)
     # Apart from a small effect through batch norm, each image influences only its own logit. The
     # gradient of the sum with respect to an image is therefore nearly that of its own logit.
@@ -264,9 +265,9 @@ def make_optimizer(network, lr):
     """Create the Adam optimizer of one network. Each network minimises its own loss.
 
     With Adam's usual beta1 = 0.9, an update averages the gradients of about ten steps. But in a GAN
-    the other network changes in every step. Old gradients no longer fit, and the two networks begin
-    to oscillate. DCGAN found that 0.5 helps (section 4). With 0.5, an update averages the gradients
-    of about two steps.
+    the other network changes in every step. Old gradients were computed against an older opponent
+    and can point in a wrong direction. The two networks then begin to oscillate. DCGAN found that
+    0.5 helps (section 4). With 0.5, an update averages the gradients of about two steps.
     """
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
@@ -329,7 +330,7 @@ def update_average(average, generator, step):
     exponential moving average (EMA) is more common. Its fraction is constant and must be chosen to
     suit the length of the run. Polynomial decay suits any length.
 
-    The running statistics of batch norm are also averaged, because they belong to the weights.
+    The running statistics of batch norm are also averaged, so that they fit the averaged weights.
     """
     fraction = 10 / (step + 9)
     newest = generator.state_dict()
@@ -387,14 +388,13 @@ def load_checkpoint(path):
 
     Raises OSError if the file cannot be read, and InputError if it is not such a checkpoint.
     """
-    problem = InputError(f"{path} is not a checkpoint of this program, or it is damaged")
     try:
         # Without weights_only, loading a file from a stranger could run any code that is in it.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "average" not in checkpoint:
+            raise KeyError("average")
     except OSError:
         raise
     except Exception:  # torch.load raises different exceptions for different kinds of damage
-        raise problem from None
-    if not isinstance(checkpoint, dict) or "average" not in checkpoint:
-        raise problem
+        raise InputError(f"{path} is not a checkpoint of this program, or it is damaged") from None
     return checkpoint
