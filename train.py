@@ -293,47 +293,21 @@ def restore_checkpoint(out, settings, state):
     if epoch > settings["epochs"]:
         raise InputError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch} "
                          "epochs; give a larger number to continue it")
-    log = out / "losses.csv"
-    if log_size > 0 and (not log.exists() or log.stat().st_size < log_size):
-        raise InputError(f"{log} is shorter than it was after epoch {epoch}; restore it, or begin "
-                         "another run with --out")
-    return epoch, log_size
-
-
-def positive_int(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def learning_rate(text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < 1e38:  # float32 cannot hold larger numbers; NaN fails both comparisons
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and below 1e38")
-    return number
-
-
-def random_seed(text):
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
-    return int(text)
+    return epoch, log
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
-    parser.add_argument("--epochs", type=positive_int, default=EPOCHS,
+    parser.add_argument("--epochs", type=int, default=EPOCHS,
                         help="total number of epochs (default: %(default)s, or that of the "
                              "resumed run)")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE,
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE,
                         help="images per step (default: %(default)s)")
-    parser.add_argument("--lr", type=learning_rate, default=LEARNING_RATE,
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE,
                         help="learning rate of Adam, for both networks (default: %(default)s)")
-    parser.add_argument("--seed", type=random_seed, default=0,
+    parser.add_argument("--seed", type=int, default=0,
                         help="random seed (default: %(default)s)")
     parser.add_argument("--data",
                         help="folder with images (default: MNIST, which comes with train.py)")
@@ -349,6 +323,14 @@ def parse_arguments():
         if isinstance(settings, dict) and settings.keys() <= vars(arguments).keys():
             parser.set_defaults(**settings)
             arguments = parser.parse_args()
+    if arguments.epochs < 1:
+        parser.error(f"--epochs {arguments.epochs}: use 1 or more")
+    if arguments.batch_size < 1:
+        parser.error(f"--batch-size {arguments.batch_size}: use 1 or more")
+    if not 0 < arguments.lr < 1e38:  # float32 cannot hold larger numbers; NaN fails as well
+        parser.error(f"--lr {arguments.lr}: use a number above 0 and below 1e38")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed {arguments.seed}: use 0 to 2**63 - 1")
     return arguments
 
 
