@@ -117,7 +117,9 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
         samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
         save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
         save_atomically({"average": average.state_dict()}, out / "generator.pt")
-        save_checkpoint(out, epoch, log.stat().st_size, settings, state)
+        save_checkpoint(out, epoch, log.read_text(), settings, state)
+        print(f"epoch {epoch}/{epochs}: d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, "
+              f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
 
     plot(log, out / "losses.png")
     return average
@@ -217,24 +219,24 @@ def open_run(out, resume, settings, state):
     Returns the number of finished epochs.
     """
     if resume:
-        epochs_done, log_size = restore_checkpoint(out, settings, state)
+        epochs_done, log = restore_checkpoint(out, settings, state)
     else:
-        epochs_done, log_size = 0, 0
+        epochs_done, log = 0, ",".join(COLUMNS) + "\n"
         out.mkdir(parents=True, exist_ok=True)
     # Save now, so that a run can be resumed in its first epoch, and that a new --epochs is kept.
-    save_checkpoint(out, epochs_done, log_size, settings, state)
+    save_checkpoint(out, epochs_done, log, settings, state)
 
     (out / "samples").mkdir(exist_ok=True)
-    with open(out / "losses.csv", "a") as file:
-        file.truncate(log_size)  # removes the rows of an unfinished epoch
-        if log_size == 0:
-            file.write(",".join(COLUMNS) + "\n")
+    (out / "losses.csv").write_text(log)  # without the rows of an unfinished epoch
     return epochs_done
 
 
-def save_checkpoint(out, epoch, log_size, settings, state):
-    """Write checkpoint.pt, which contains everything that --resume needs."""
-    checkpoint = {"epoch": epoch, "log_size": log_size, "settings": settings}
+def save_checkpoint(out, epoch, log, settings, state):
+    """Write checkpoint.pt, which contains everything that --resume needs.
+
+    log is the text of losses.csv.
+    """
+    checkpoint = {"epoch": epoch, "log": log, "settings": settings}
     for name, part in state.items():
         checkpoint[name] = part.state_dict()
     save_atomically(checkpoint, out / "checkpoint.pt")
@@ -260,15 +262,14 @@ def load_run(out):
 
 
 def restore_checkpoint(out, settings, state):
-    """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and its log_size.
+    """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and its log.
 
-    Raises InputError if the checkpoint does not fit the networks or contradicts the settings, or if
-    losses.csv has lost rows.
+    Raises InputError if the checkpoint does not fit the networks or contradicts the settings.
     """
     checkpoint = load_run(out)
     try:
         epoch = checkpoint["epoch"]
-        log_size = checkpoint["log_size"]
+        log = checkpoint["log"]
         saved = {name: checkpoint["settings"][name] for name in settings}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
