@@ -18,15 +18,12 @@ ORANGE = "#D55E00"
 def plot(csv_path, out):
     """Plot the loss log `csv_path` into the file `out`, and return the matplotlib Figure.
 
-    Raises ValueError if `csv_path` is not a loss log or `out` has an unknown file type, and OSError
-    if a file cannot be read or written.
+    Raises ValueError if `csv_path` is not a loss log or matplotlib does not know the file type of
+    `out`, and OSError if a file cannot be read or written.
     """
     # Imported here because it takes half a second, which train.py would spend at its start.
     from matplotlib.figure import Figure
 
-    out = Path(out)
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--out {out}: the name must end in .png, .svg or .pdf")
     log = read_log(csv_path)
     x = log["step"]
     x_label = "step"
@@ -58,7 +55,7 @@ def plot(csv_path, out):
         axes.legend(loc="upper right")
         axes.grid(alpha=0.2)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     return figure
 
@@ -93,22 +90,14 @@ def read_log(path):
     log = {name: [] for name in COLUMNS}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            row = parse_row(line)
+            for name, field in zip(COLUMNS, line.split(","), strict=True):
+                log[name].append(float(field))
         except ValueError:
             raise ValueError(f"{path}, line {number} is not a row of a loss log: "
                              f"{line[:60]}") from None
-        for name, value in zip(COLUMNS, row):
-            log[name].append(value)
+    if min(log["epoch"] + log["step"]) < 1:
+        raise ValueError(f"{path} is not a loss log: its epochs and steps must begin at 1")
     return log
-
-
-def parse_row(line):
-    row = [float(field) for field in line.split(",")]
-    if len(row) != len(COLUMNS):
-        raise ValueError("wrong number of columns")
-    if not 1 <= row[0] < math.inf or not 1 <= row[1] < math.inf:
-        raise ValueError("epochs and steps must be 1 or more")
-    return row
 
 
 def main():
@@ -120,6 +109,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.out is None:
         arguments.out = Path(arguments.csv).with_name("losses.png")
+    if Path(arguments.out).suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--out {arguments.out}: the name must end in .png, .svg or .pdf")
     try:
         plot(arguments.csv, arguments.out)
     except (OSError, ValueError) as error:
