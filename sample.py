@@ -1,12 +1,18 @@
 """Generate new digits with a trained generator:  python sample.py --out grid.png
 
-Without --checkpoint, the script uses out/checkpoint.pt, which train.py saves. If this file does not
-exist, the script uses the trained generator of this repository, results/generator.pt.
+Without --checkpoint, the script uses out/generator.pt, which train.py saves after each epoch. If
+this file does not exist, the script uses the trained generator of this repository,
+results/generator.pt.
 """
 import argparse
 import math
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Loading PyTorch takes seconds. Ctrl-C ends the program at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy
 import torch
@@ -108,7 +114,7 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0,
                         help="random seed (default: %(default)s)")
     parser.add_argument("--checkpoint",
-                        help="a checkpoint.pt or generator.pt (default: out/checkpoint.pt if it "
+                        help="a checkpoint.pt or generator.pt (default: out/generator.pt if it "
                              "exists, else results/generator.pt)")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
@@ -124,7 +130,7 @@ def parse_arguments():
     if not 0 <= arguments.seed < 2**63:
         parser.error(f"--seed {arguments.seed}: use 0 to 2**63 - 1")
     if arguments.checkpoint is None:
-        arguments.checkpoint = Path("out/checkpoint.pt")
+        arguments.checkpoint = Path("out/generator.pt")
         if not arguments.checkpoint.exists():
             arguments.checkpoint = SHIPPED_GENERATOR
     return arguments

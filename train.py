@@ -350,7 +350,7 @@ def main():
         sys.exit(f"train.py: {error}")
     out = arguments.out
     print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. New digits: "
-          f"python sample.py --checkpoint {shlex.quote(out + '/checkpoint.pt')} --out grid.png")
+          f"python sample.py --checkpoint {shlex.quote(out + '/generator.pt')} --out grid.png")
 
 
 if __name__ == "__main__":

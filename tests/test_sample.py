@@ -97,9 +97,9 @@ def test_shipped_generator_is_taken_until_there_is_a_run_of_ones_own(cli):
     assert numpy.array_equal(numpy.load("digits.npy"), expected)
     own = Generator()
     Path("out").mkdir()
-    torch.save({"average": own.state_dict()}, "out/checkpoint.pt")
+    torch.save({"average": own.state_dict()}, "out/generator.pt")
     status, out, _ = cli(sample, "--out", "digits.npy")
-    assert status == 0 and "out/checkpoint.pt" in out
+    assert status == 0 and "out/generator.pt" in out
     assert numpy.array_equal(numpy.load("digits.npy"), sample.sample_digits(own, 100).squeeze(1))
 
 
