@@ -85,13 +85,14 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
         # resumed run therefore continues with the same random numbers as an uninterrupted one.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
-        step = (epoch - 1) * steps_per_epoch
+        first_step = (epoch - 1) * steps_per_epoch + 1
         last_step = epoch * steps_per_epoch
         recent = []
         started = time.perf_counter()
-        bar = progress_bar(order.split(batch_size), f"epoch {epoch}/{epochs}")
-        for indices in bar:
-            step += 1
+        # disable=None hides the bar if stderr is not a terminal.
+        bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
+                   disable=None)
+        for step, indices in enumerate(bar, start=first_step):
             real = images[indices].float() / 127.5 - 1                # from [0, 255] to [-1, 1]
             with precision(device):
                 losses = adversarial_step(
@@ -102,18 +103,17 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
             # every step would make the CPU wait for a GPU each time.
             recent.append(losses)
             if len(recent) == LOG_EVERY or step == last_step:
-                d_loss, g_loss, d_real, d_fake = torch.stack(recent).mean(dim=0).tolist()
+                means = torch.stack(recent).mean(dim=0)
+                d_loss, g_loss, d_real, d_fake = means.tolist()
                 recent.clear()
                 row = f"{epoch},{step},{d_loss:.5f},{g_loss:.5f},{d_real:.5f},{d_fake:.5f}\n"
                 with open(log, "a") as file:
                     file.write(row)
                 bar.set_postfix_str(f"d_loss {d_loss:.3f}, g_loss {g_loss:.3f}", refresh=False)
-                check_finite(epoch, [d_loss, g_loss])
+                check_finite(epoch, [means])
 
         check_finite(epoch, [*generator.parameters(), *discriminator.parameters()])
         speed = len(order) / (time.perf_counter() - started)
-        print(f"epoch {epoch}/{epochs}: d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, "
-              f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
         samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
         save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
         save_atomically({"average": average.state_dict()}, out / "generator.pt")
@@ -149,15 +149,9 @@ def precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
-def progress_bar(batches, title):
-    """Return a progress bar that counts images. disable=None hides it if stderr is no terminal."""
-    return tqdm(batches, desc=title, unit=" images", unit_scale=len(batches[0]), leave=False,
-                disable=None)
-
-
-def check_finite(epoch, values):
-    for value in values:
-        if not torch.as_tensor(value).isfinite().all():
+def check_finite(epoch, tensors):
+    for tensor in tensors:
+        if not tensor.isfinite().all():
             raise FloatingPointError(
                 f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
                 "checkpoint of the previous epoch is kept. Try a lower --lr, with another --out")
@@ -280,7 +274,7 @@ def restore_checkpoint(out, settings, state):
         if name != "epochs" and value != saved[name]:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} {value} contradicts the run in {out}, which has {option} "
-                             f"{saved[name]}; use that value, or begin a new run with another "
+                             f"{saved[name]}; leave {option} out, or begin a new run with another "
                              "--out")
     if epoch > settings["epochs"]:
         raise InputError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch} "
@@ -332,7 +326,7 @@ def how_to_continue(arguments):
         return "nothing was saved yet; run the same command again"
     command = ["python", "train.py", "--resume", "--epochs", str(arguments.epochs),
                "--device", arguments.device, "--out", arguments.out]
-    return f"{checkpoint} contains the finished epochs; continue with: {shlex.join(command)}"
+    return f"continue with: {shlex.join(command)}"
 
 
 def main():

@@ -78,11 +78,9 @@ def damage(path, how):
         torch.save([1, 2, 3], path)
     if how == "other weights":
         torch.save({"settings": {}, "average": {"weight": torch.zeros(3)}}, path)
-    if how == "code":
-        torch.save({"settings": {}, "average": {}, "code": Path.cwd}, path)
 
 
-DAMAGES = ["missing", "text", "truncated", "list", "other weights", "code"]
+DAMAGES = ["missing", "text", "truncated", "list", "other weights"]
 
 
 @pytest.fixture(scope="session")

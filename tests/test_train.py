@@ -2,7 +2,6 @@
 import gzip
 import math
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -40,13 +39,14 @@ def short(tmp_path, data):
 
 def at_step(monkeypatch, number, action):
     """Call action(generator) after the training step of this number."""
+    original = train.adversarial_step
+
     def adversarial_step(generator, *others):
         losses = original(generator, *others)
         if others[-1] == number:
             action(generator)
         return losses
 
-    original = train.adversarial_step
     monkeypatch.setattr(train, "adversarial_step", adversarial_step)
 
 
@@ -93,18 +93,23 @@ def test_run_prints_a_line_for_each_epoch_and_no_bar_into_a_pipe(straight):
     assert "sample.py --checkpoint" in lines[3] and str(out) in lines[3]
 
 
-def test_terminal_shows_a_bar_with_speed_time_left_and_losses(cli, data, tmp_path, monkeypatch):
-    bar = train.tqdm
-    monkeypatch.setattr(train, "tqdm", lambda batches, **options: bar(
-        batches, **options | {"disable": False, "mininterval": 0}))
+def test_bar_shows_the_epoch_and_the_losses(cli, data, tmp_path, monkeypatch):
+    original = train.tqdm
+
+    def visible(*arguments, **options):
+        options["disable"] = False  # as in a terminal
+        return original(*arguments, mininterval=0, **options)
+
+    monkeypatch.setattr(train, "tqdm", visible)
     status, _, err = cli(train, "--epochs", 1, "--data", data, "--out", tmp_path / "out", *SMALL)
     assert status == 0
-    assert re.search(r"epoch 1/1: .*\[\d+:\d+<\d+:\d+, .* images/s, d_loss .*, g_loss .*\]", err)
+    assert re.search(r"epoch 1/1: .* d_loss .*, g_loss .*\]", err)
 
 
 def test_epoch_shows_each_image_once_in_the_range_of_tanh_and_logs_mean_losses(
         data, tmp_path, monkeypatch):
     batches, steps, losses = [], [], []
+    original = train.adversarial_step
 
     def adversarial_step(*arguments):
         batches.append(arguments[-2].clone())
@@ -112,7 +117,6 @@ def test_epoch_shows_each_image_once_in_the_range_of_tanh_and_logs_mean_losses(
         losses.append(original(*arguments))
         return losses[-1]
 
-    original = train.adversarial_step
     monkeypatch.setattr(train, "adversarial_step", adversarial_step)
     train.train(epochs=2, device="cpu", batch_size=4, data=data, out=tmp_path / "out")
     images = train.load_images(data).float() / 127.5 - 1
@@ -188,14 +192,18 @@ def test_ctrl_c_before_the_training_says_that_nothing_is_saved(cli, tmp_path, mo
     assert not contents(tmp_path)
 
 
-def test_ctrl_c_while_pytorch_is_loading_is_one_line():
-    command = [sys.executable, "-X", "importtime", ROOT / "train.py"]  # tells what is loaded
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while "torch" not in process.stderr.readline():
-        pass
+@pytest.mark.parametrize("command", ["train.py --out out", "sample.py --out digits.npy"])
+def test_ctrl_c_while_pytorch_is_loading_shows_no_traceback(tmp_path, command):
+    script, *options = command.split()
+    command = [sys.executable, "-X", "importtime", ROOT / script, *options]  # tells what is loaded
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "torch" in line:
+            break
     process.send_signal(signal.SIGINT)
     rest = process.communicate()[1]
-    assert "train.py: stopped" in rest and "Traceback" not in rest
+    assert process.returncode == -signal.SIGINT and "Traceback" not in rest
+    assert not contents(tmp_path)
 
 
 def test_killed_process_continues_as_if_it_had_never_been_stopped(data, tmp_path):
@@ -216,8 +224,12 @@ def test_killed_process_continues_as_if_it_had_never_been_stopped(data, tmp_path
 @pytest.mark.parametrize("kept", ["checkpoint.pt", "generator.pt", "losses.csv", "samples"])
 def test_folder_that_holds_a_run_is_not_overwritten(cli, data, short, kept):
     for path in short.iterdir():
-        if path.name != kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name == kept:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     before = contents(short)
     line = complaint(cli(train, "--data", data, "--out", short, *SMALL))
     assert str(short) in line and "--resume" in line and "--out" in line
@@ -280,6 +292,7 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(cli, short, monk
 
 
 def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(cli, data, short, straight):
+    resource = pytest.importorskip("resource", reason="limits the size of files; not on Windows")
     before = contents(short)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))  # fails as on a full disk
