@@ -25,8 +25,8 @@ penalty in r1_penalty favours such a D.
 What is the optimum? Let p_data and p_G be the probability densities of real images and of fakes.
 For a fixed G, the best possible D is p_data(x) / (p_data(x) + p_G(x)) (Proposition 1). Where real
 images are three times as likely as fakes, the best D outputs 3/4. If p_G equals p_data, G is
-perfect, and the best D outputs 1/2 for every image (Theorem 1). Training approaches this optimum,
-but in practice does not reach it.
+perfect, and the best D outputs 1/2 for every image (Theorem 1). In practice, training does not
+reach this optimum.
 
 Read this file from top to bottom: the latent vector z, the two networks, their losses, the
 optimizers, one training step, the running average of G's weights, and how images are generated.
@@ -84,9 +84,10 @@ class Generator(nn.Module):
 
     In the last two upsampling layers, the kernel size 4 is a multiple of the stride 2. The same
     number of copies therefore overlaps at every pixel, except at the border. With size 3 or 5, this
-    number differs between neighbouring pixels, and the image shows a checkerboard pattern (Odena et
-    al. 2016, distill.pub/2016/deconv-checkerboard). The first upsampling layer has size 3, because
-    enlarging 4 pixels to 7 needs an odd size. Later layers can remove the pattern that it causes.
+    number differs between neighbouring pixels, and the image can show a checkerboard pattern (Odena
+    et al. 2016, distill.pub/2016/deconv-checkerboard). The first upsampling layer has size 3,
+    because enlarging 4 pixels to 7 needs an odd size. Later layers can remove the pattern that it
+    causes.
 
     BatchNorm2d normalises each channel to mean 0 and variance 1 over all pixels of all images in
     the batch. It then applies a learned scale and shift. Without it, the early layers may map all z
@@ -103,7 +104,7 @@ class Generator(nn.Module):
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
-    white (1). Tanh is close to these values for every input far from 0, so G does not have to find
+    nearly white. Tanh is close to -1 and 1 for every input far from 0, so G does not have to find
     one exact input. A sigmoid is the same curve, rescaled and shifted, because sigmoid(x) is
     (1 + tanh(x / 2)) / 2. It could be used with real images in [0, 1]. What matters is that fakes
     and real images have the same range.
@@ -189,8 +190,7 @@ def init_weights(module):
 
     Small weights matter most in G's last convolution, which no batch norm follows. They make the
     first fakes nearly uniform grey: the input of tanh is near 0, where tanh is steepest and passes
-    the most gradient. Linear layers keep PyTorch's default initialisation, which also gives small
-    weights.
+    the most gradient. Linear layers keep PyTorch's default initialisation.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -226,9 +226,9 @@ def generator_loss(fake_logits):
     Early in training, D recognises nearly every fake, so D(G(z)) is near 0. The derivative of
     log(1 - D) is then near 0 as well. That loss "saturates": G learns very little from these fakes,
     although it has the most to learn from them. The derivative of -log D is near -1 for the same
-    fakes, so -log D is called non-saturating (Goodfellow et al., end of section 3). Adam divides
-    each gradient by its recent size. This makes up for a part of the difference, but not for all of
-    it (README, "Experiments").
+    fakes, so Goodfellow et al. use this loss (end of section 3). It is called non-saturating. Adam
+    divides each gradient by its recent size, which can make up for a part of the difference. G
+    still learns more slowly with the saturating loss (README, "Experiments").
     """
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
@@ -247,9 +247,9 @@ def r1_penalty(discriminator, real):
     D can memorise the real images. Its logit then falls steeply around each of them and is flat
     near the fakes, where G needs a gradient. The non-saturating loss does not help there: it has a
     gradient with respect to the logit, but the logit hardly depends on the pixels. A steep D can
-    also push G past its goal, then back again, and so on without end (section 2 of that paper). The
-    penalty increases D's loss where the logit is steep at a real image. It therefore favours a D
-    whose logit changes gradually.
+    also make the training oscillate without end (section 2 of that paper). The penalty increases
+    D's loss where the logit is steep at a real image. It therefore favours a D whose logit changes
+    gradually.
     """
     real = real.detach().requires_grad_()  # a new tensor, so that the caller's does not change
     logits = discriminator(real)
@@ -265,9 +265,9 @@ def make_optimizer(network, lr):
     """Create the Adam optimizer of one network. Each network minimises its own loss.
 
     With Adam's usual beta1 = 0.9, an update averages the gradients of about ten steps. But in a GAN
-    the other network changes in every step. Old gradients were computed against an older opponent
-    and can point in a wrong direction. The two networks then begin to oscillate. DCGAN found that
-    0.5 helps (section 4). With 0.5, an update averages the gradients of about two steps.
+    the other network changes in every step, so old gradients can point in a wrong direction. In
+    DCGAN, training with 0.9 oscillated and was unstable, and 0.5 helped (section 4). With 0.5, an
+    update averages the gradients of about two steps.
     """
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
@@ -280,7 +280,7 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     the penalty.
 
     Returns a tensor (4,) for the log: d_loss without the penalty, g_loss, the mean of D(x) and the
-    mean of D(G(z)). g_loss is measured after D's update, the other three before it.
+    mean of D(G(z)). g_loss is measured after D's update. The other three are measured before it.
     """
     # Update D. Real images and fakes form two separate batches. In a mixed batch, the statistics of
     # batch norm would differ from those in G's update, where all images are fakes. G would then
@@ -320,15 +320,16 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 def update_average(average, generator, step):
     """Update `average`, the running average of the generator's weights. The first step is 1.
 
-    GAN training does not converge to a point. Each network reacts to the other, so G's weights keep
-    moving around a good solution. Their average is closer to it (Yazıcı et al. 2018,
+    GAN training usually does not converge to a point. Each network reacts to the other, so G's
+    weights keep moving around a good solution. Their average is closer to it (Yazıcı et al. 2018,
     arxiv.org/abs/1806.04498). Only the samples use the average. The training does not.
 
     Each step moves the average towards the newest weights by the fraction 10 / (step + 9). In
     step 1, this fraction is 1. It falls so that the last tenth of the steps so far determines about
-    two thirds of the average (1 - 0.9**10). This is called polynomial-decay averaging. The
-    exponential moving average (EMA) is more common. Its fraction is constant and must be chosen to
-    suit the length of the run. Polynomial decay suits any length.
+    two thirds of the average (1 - 0.9**10). This is called polynomial-decay averaging (Shamir and
+    Zhang 2013, arxiv.org/abs/1212.1824). The exponential moving average (EMA) is more
+    common. Its fraction is constant and must be chosen to suit the length of the run. Polynomial
+    decay suits any length.
 
     The running statistics of batch norm are also averaged, so that they fit the averaged weights.
     """

@@ -2,7 +2,7 @@
 
 The upper plot shows the two losses. The lower one shows the mean output of the discriminator for
 real images, D(x), and for fakes, D(G(z)). The dotted lines show the values for a discriminator that
-outputs 0.5 for every image: 2 ln 2 for d_loss, ln 2 for g_loss, and 0.5 for D(x) and D(G(z)). The
+outputs 0.5 for every image: 2 log 2 for d_loss, log 2 for g_loss, and 0.5 for D(x) and D(G(z)). The
 script also works while the training is in progress.
 """
 import argparse
@@ -41,7 +41,7 @@ def plot(csv_path, out):
     draw_curve(losses, x, log["g_loss"], "g_loss", ORANGE)
     losses.axhline(2 * math.log(2), color=BLUE, linestyle=":", linewidth=1)
     losses.axhline(math.log(2), color=ORANGE, linestyle=":", linewidth=1)
-    losses.set_ylabel("loss (dotted: 2 ln 2, ln 2)")
+    losses.set_ylabel("loss (dotted: 2 log 2, log 2)")
     if min(log["g_loss"]) >= 0:  # the saturating loss is negative and would be cut off
         losses.set_ylim(bottom=0)
 
@@ -96,7 +96,7 @@ def read_log(path):
             raise ValueError(f"{path}, line {number} is not a row of a loss log: "
                              f"{line[:60]}") from None
     if min(log["epoch"] + log["step"]) < 1:
-        raise ValueError(f"{path} is not a loss log: its epochs and steps must begin at 1")
+        raise ValueError(f"{path} is not a loss log: its epochs and steps must be 1 or more")
     return log
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Loading PyTorch takes seconds. Ctrl-C ends the program at once, without a traceback.
+    # Loading PyTorch takes several seconds. Ctrl-C ends the program at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy
@@ -152,7 +152,7 @@ def main():
             save_grid(sample_digits(generator, arguments.count, arguments.seed), out)
     except (OSError, InputError) as error:
         sys.exit(f"sample.py: {error}")
-    print(f"{out}: wrote {arguments.count} digits of the generator in {arguments.checkpoint}, "
+    print(f"{out}: wrote {arguments.count} digits from the generator in {arguments.checkpoint}, "
           f"seed {arguments.seed}")
 
 

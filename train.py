@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Loading PyTorch takes seconds. Ctrl-C ends the program at once, without a traceback.
+    # Loading PyTorch takes several seconds. Ctrl-C ends the program at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -40,7 +40,7 @@ from plot_losses import COLUMNS, plot
 
 EPOCHS = 8
 BATCH_SIZE = 64
-LEARNING_RATE = 0.001  # DCGAN uses 0.0002, but these small networks learn faster with more
+LEARNING_RATE = 0.001  # DCGAN uses 0.0002 for its larger networks
 LOG_EVERY = 20         # the number of steps that a row of losses.csv averages
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 
@@ -55,8 +55,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     resume: continue the run in `out` until it has `epochs` epochs. The arguments batch_size, lr,
     seed and data must be those of the run.
 
-    Raises InputError for invalid arguments and unsuitable files, OSError for files that cannot be
-    read or written, and FloatingPointError if the training diverges.
+    Raises InputError for an unknown device, an unsuitable batch_size and unsuitable files, OSError
+    for files that cannot be read or written, and FloatingPointError if the training diverges.
     """
     out = Path(out)
     log = out / "losses.csv"
@@ -217,7 +217,8 @@ def open_run(out, resume, settings, state):
     else:
         epochs_done, log = 0, ",".join(COLUMNS) + "\n"
         out.mkdir(parents=True, exist_ok=True)
-    # Save now, so that a run can be resumed in its first epoch, and that a new --epochs is kept.
+    # Save now, so that a run that stops in its first epoch can be resumed, and so that a new
+    # --epochs is kept.
     save_checkpoint(out, epochs_done, log, settings, state)
 
     (out / "samples").mkdir(exist_ok=True)
@@ -304,7 +305,8 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.resume:
         # Parse again, with the settings of the run as defaults. Only an option that the user typed
-        # can then differ from them. restore_checkpoint() rejects any such difference but --epochs.
+        # can then differ from them. restore_checkpoint() rejects such a difference, except in
+        # --epochs.
         settings = load_run(arguments.out).get("settings")
         if isinstance(settings, dict) and settings.keys() <= vars(arguments).keys():
             parser.set_defaults(**settings)
@@ -343,7 +345,7 @@ def main():
     except (OSError, InputError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     out = arguments.out
-    print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. New digits: "
+    print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. To draw digits: "
           f"python sample.py --checkpoint {shlex.quote(out + '/generator.pt')} --out grid.png")
 
 

@@ -1,4 +1,4 @@
-"""Reproduce the measurements of the README. The script asserts nothing, and its figures vary.
+"""Reproduce the measurements of the README. It measures and does not test.
 
     python tests/benchmark.py speed                     time a training step and variants of it
     python tests/benchmark.py quality FILE ...          score the generators in checkpoints
@@ -117,7 +117,8 @@ class Training:
 def measure_speed(device, rounds):
     """Print the images per second of train.py's step and of its variants.
 
-    They take turns, because the speed of a machine drifts. The ratios do not depend on that.
+    They take turns, because the speed of a machine drifts. Ratios within a round depend less on
+    that.
     """
     images = train.load_images(train.SHIPPED_DATA).to(device)
     trainings = {
@@ -141,7 +142,7 @@ def measure_speed(device, rounds):
     for name, taken in seconds.items():
         speed = gan.R1_INTERVAL * train.BATCH_SIZE / statistics.median(taken)
         ratio = statistics.median(one / other for one, other in zip(first, taken))
-        print(f"{name:30s} {speed:6.0f} images/s, {ratio:5.2f} times the speed of the first line")
+        print(f"{name:30s} {speed:6.0f} images/s, {ratio:5.2f} times the speed of the first row")
     print(f"medians of {rounds} rounds")
 
 
@@ -327,14 +328,14 @@ def main():
     parser = argparse.ArgumentParser(
         description="Measure the speed of training and the quality of the digits.")
     parts = parser.add_subparsers(dest="part", required=True)
-    part = parts.add_parser("speed", help="a training step and its variants")
+    part = parts.add_parser("speed", help="time a training step and its variants")
     part.add_argument("--device", default="auto",
                       help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     part.add_argument("--rounds", type=int, default=9,
                       help="number of timed rounds (default: %(default)s)")
     part = parts.add_parser("quality", help="score checkpoints and real digits")
     part.add_argument("checkpoints", nargs="*", help="checkpoint.pt or generator.pt files")
-    part = parts.add_parser("experiments", help="edit, train, sample and score")
+    part = parts.add_parser("experiments", help="edit the program, train, sample and score")
     part.add_argument("names", nargs="*", help=f"some of: {', '.join(EXPERIMENTS)} (default: all)")
     part.add_argument("--epochs", type=int, default=8,
                       help="number of epochs (default: %(default)s)")

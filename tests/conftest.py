@@ -3,7 +3,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: processes that the tests start round alike
+# One thread, in the tests and in the processes that they start, so that all of them round alike.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -14,7 +15,7 @@ from gan import Generator, sample_latent
 
 
 def blobs(count):
-    """Images (count, 28, 28), uint8, with two round spots each. No two of them are alike."""
+    """Return images (count, 28, 28), uint8, with two round spots each. No two are alike."""
     random = torch.Generator().manual_seed(0)
     rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     y, x, size = 6 + 16 * torch.rand(3, count, 2, 1, 1, generator=random)
@@ -23,7 +24,7 @@ def blobs(count):
 
 
 def idx(images):
-    """The bytes of an IDX file, the format of MNIST."""
+    """Return the bytes of an IDX file, the format of MNIST."""
     sizes = b"".join(size.to_bytes(4, "big") for size in images.shape)
     return bytes([0, 0, 8, images.ndim]) + sizes + images.numpy().tobytes()
 
@@ -33,7 +34,7 @@ def contents(folder):
 
 
 def complaint(result):
-    """The line in which a script says what is wrong, and nothing else may be printed.
+    """Return the line in which a script says what is wrong. Fail if it prints anything else.
 
     argparse exits with status 2 and prints its usage first.
     """
@@ -49,7 +50,7 @@ def complaint(result):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    """Calls a script's main() with arguments. Returns its exit status, stdout and stderr."""
+    """Call a script's main() with arguments. Return its exit status, stdout and stderr."""
     def call(script, *arguments):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])

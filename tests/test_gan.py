@@ -113,7 +113,7 @@ def test_generators_update_leaves_the_discriminator_untouched(networks):
 
 
 @pytest.mark.parametrize("step", [1, R1_INTERVAL])
-def test_step_equals_the_same_game_computed_the_long_way(networks, step):
+def test_step_equals_a_direct_computation(networks, step):
     generator, discriminator = networks
     g_long, d_long = copy.deepcopy(generator), copy.deepcopy(discriminator)
     g_optimizer, d_optimizer = sgd(generator), sgd(discriminator)
@@ -153,7 +153,7 @@ def test_step_equals_the_same_game_computed_the_long_way(networks, step):
 
 @pytest.mark.parametrize("step", [1, R1_INTERVAL])
 def test_step_neither_reads_a_value_nor_makes_a_tensor_on_another_device(step):
-    """The tensors of the meta device have no values. There, both of these are errors."""
+    """A tensor on the meta device has no value, so reading one or mixing devices is an error."""
     with torch.device("meta"):
         generator, discriminator, average = Generator(), Discriminator(), Generator()
         real = torch.zeros(8, 1, 28, 28)

@@ -1,4 +1,4 @@
-"""The plot of a loss log, also of one that is still growing, and the refusal of other files."""
+"""The plot of a loss log, which may still be growing, and the refusal of other files."""
 import os
 import subprocess
 import sys
@@ -85,7 +85,7 @@ def test_log_of_a_training_that_diverged_is_plotted(cli, log):
     ((HEADER + ROWS[0] + "1,40,1.3,0.7,0.5,0.5,0.5\n").encode(), "line 3"),
     ((HEADER + ROWS[0] + "\n" + ROWS[1]).encode(), "line 3"),
     ((HEADER + ROWS[0] + "x" * 200_000 + "\n").encode(), "line 3"),
-    ((HEADER + "0,0,1.3,0.7,0.5,0.5\n").encode(), "begin at 1"),
+    ((HEADER + "0,0,1.3,0.7,0.5,0.5\n").encode(), "1 or more"),
     (bytes(range(256)), "text"),
 ], ids=range(11))
 def test_file_that_is_no_loss_log_is_one_line(cli, log, content, word):

@@ -1,4 +1,4 @@
-"""Training runs: what they write, and how they stop and continue. And the data that they read."""
+"""Training runs: what they write, how they stop and continue, and what data they read."""
 import gzip
 import math
 import re
@@ -24,7 +24,7 @@ SMALL = ["--batch-size", "4", "--device", "cpu"]
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory, data):
-    """A run of three epochs that is never stopped, and what it printed. Not to be changed."""
+    """A run of three epochs that is never stopped, and what it printed. No test may change it."""
     out = tmp_path_factory.mktemp("runs") / "a run"
     command = [sys.executable, ROOT / "train.py", "--epochs", "3", "--data", data, "--out", out]
     return out, subprocess.run(command + SMALL, capture_output=True, text=True)
@@ -195,7 +195,8 @@ def test_ctrl_c_before_the_training_says_that_nothing_is_saved(cli, tmp_path, mo
 @pytest.mark.parametrize("command", ["train.py --out out", "sample.py --out digits.npy"])
 def test_ctrl_c_while_pytorch_is_loading_shows_no_traceback(tmp_path, command):
     script, *options = command.split()
-    command = [sys.executable, "-X", "importtime", ROOT / script, *options]  # tells what is loaded
+    # -X importtime prints the name of each module when it is loaded.
+    command = [sys.executable, "-X", "importtime", ROOT / script, *options]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "torch" in line:
@@ -276,7 +277,8 @@ def test_step_in_bfloat16_has_nearly_the_same_losses(monkeypatch):
 def test_losses_that_are_not_finite_stop_the_run(cli, data, tmp_path):
     line = complaint(cli(train, "--lr", "1e30", "--data", data, "--out", tmp_path / "out", *SMALL))
     assert "diverged in epoch 1" in line and "--lr" in line
-    assert (tmp_path / "out" / "losses.csv").read_text().count("\n") == 2  # not after all its steps
+    # The run stops at the first row, not at the end of the epoch.
+    assert (tmp_path / "out" / "losses.csv").read_text().count("\n") == 2
 
 
 def test_weights_that_are_not_finite_never_reach_the_checkpoint(cli, short, monkeypatch):
@@ -292,7 +294,7 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(cli, short, monk
 
 
 def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(cli, data, short, straight):
-    resource = pytest.importorskip("resource", reason="limits the size of files; not on Windows")
+    resource = pytest.importorskip("resource", reason="Windows has no limit on the size of files")
     before = contents(short)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))  # fails as on a full disk
