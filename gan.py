@@ -58,12 +58,12 @@ def sample_latent(count, device="cpu", random=None):
     latent space consists of separate parts. No z lies between two of them, so G does not have to
     draw anything there.
 
-    Training uses no labels, and no loss ties a category to a digit. In the trained generator, each
-    category nevertheless produces one digit, or a few similar ones. A likely reason is that a
-    change between dissimilar digits has to be abrupt, and G can change abruptly only between two
-    parts of the latent space. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has a similar
-    latent vector. It adds a loss that rewards images from which a network can recover the category.
-    This program does not have that loss.
+    Training does not use MNIST's labels, and no loss ties a category to a digit. In the trained
+    generator, each category nevertheless produces one digit, or a few similar ones. A likely reason
+    is that a change between dissimilar digits has to be abrupt, and G can change abruptly only
+    between two parts of the latent space. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has
+    a similar latent vector. It adds a loss that is small if a network can recover the category from
+    the image. This program does not have that loss.
     """
     category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
     one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
@@ -154,7 +154,8 @@ class Discriminator(nn.Module):
 
     The third convolution has stride 1, so it keeps the height and width. It enlarges the receptive
     field: each value after the fourth convolution depends on 26x26 pixels of the image, enough for
-    a whole digit. Without the third convolution, it would depend on 18x18 pixels.
+    a whole digit. Without the third convolution, it would depend on 18x18 pixels. The linear layer
+    sees the whole image, but it only adds up these values, each with a weight of its own.
     """
 
     def __init__(self):

@@ -3,6 +3,7 @@
     python tests/benchmark.py speed                     time a training step and variants of it
     python tests/benchmark.py quality FILE ...          score the generators in checkpoints
     python tests/benchmark.py experiments [NAME ...]    change the program, train it and score it
+    python tests/benchmark.py mix                       mix generated digits with real ones
 
 Measure speed only while no other program uses the processor.
 """
@@ -29,7 +30,7 @@ from torchvision.datasets import MNIST
 
 import gan
 import train
-from sample import load_generator, sample_digits
+from sample import SHIPPED_GENERATOR, load_generator, sample_digits, save_grid
 
 CACHE = Path(tempfile.gettempdir()) / "gan_benchmark_digit_classifier.pt"
 
@@ -324,6 +325,19 @@ def run_experiments(names, epochs, seeds, out):
             scorer.score_generated(f"{name}, seed {seed}, {epochs} epochs: {last_row}", digits)
 
 
+def mix(checkpoint, seed, out):
+    """Save a picture of 50 generated digits and 50 of MNIST's test digits, in random order."""
+    generated = sample_digits(load_generator(checkpoint), 50, seed)
+    random = torch.Generator().manual_seed(seed)
+    test = MNIST(train.SHIPPED_DATA, train=False, download=True)
+    real = test.data[torch.randperm(len(test), generator=random)[:50]].unsqueeze(1)
+    order = torch.randperm(100, generator=random)
+    save_grid(torch.cat([generated, real])[order], out)
+    print(f"{out}: in these places, g marks a generated digit and r a real one")
+    for row in order.view(10, 10).tolist():
+        print(" ".join("g" if number < 50 else "r" for number in row))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Measure the speed of training and the quality of the digits.")
@@ -343,6 +357,12 @@ def main():
                       help="random seeds, one run for each (default: 0)")
     part.add_argument("--out", type=Path, default=Path("out-experiments"),
                       help="folder for the changed copies (default: %(default)s)")
+    part = parts.add_parser("mix", help="mix generated digits with real ones in a picture")
+    part.add_argument("--checkpoint", default=SHIPPED_GENERATOR,
+                      help="checkpoint.pt or generator.pt (default: results/generator.pt)")
+    part.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    part.add_argument("--out", default="mixed.png",
+                      help="a .png grid (default: %(default)s)")
     arguments = parser.parse_args()
     for name in getattr(arguments, "names", []):
         if name not in EXPERIMENTS:
@@ -353,6 +373,8 @@ def main():
         measure_speed(gan.pick_device(arguments.device), arguments.rounds)
     elif arguments.part == "quality":
         measure_quality(arguments.checkpoints)
+    elif arguments.part == "mix":
+        mix(arguments.checkpoint, arguments.seed, arguments.out)
     else:
         run_experiments(arguments.names, arguments.epochs, arguments.seeds, arguments.out)
 
