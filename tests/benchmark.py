@@ -80,39 +80,38 @@ def finish(device):
         torch.get_device_module(device).synchronize()
 
 
-class Training:
-    """The networks and optimizers of a run, for timing a training step or a variant of it."""
+def prepare_training(device, images, bfloat16=True, channels_last=True, r1="in some steps"):
+    """Create networks and optimizers. Return a function that trains them for a number of steps.
 
-    def __init__(self, device, images, bfloat16=True, channels_last=True, r1="in some steps"):
-        self.device = device
-        self.images = images
-        self.bfloat16 = bfloat16
-        self.r1 = r1
-        memory_format = torch.contiguous_format
-        if channels_last:
-            memory_format = train.memory_format(device)
-        self.generator = gan.Generator().to(device, memory_format=memory_format)
-        self.discriminator = gan.Discriminator().to(device, memory_format=memory_format)
-        self.average = copy.deepcopy(self.generator)
-        self.g_optimizer = gan.make_optimizer(self.generator, train.LEARNING_RATE)
-        self.d_optimizer = gan.make_optimizer(self.discriminator, train.LEARNING_RATE)
+    The arguments select train.py's step or a variant of it.
+    """
+    memory_format = torch.contiguous_format
+    if channels_last:
+        memory_format = train.memory_format(device)
+    generator = gan.Generator().to(device, memory_format=memory_format)
+    discriminator = gan.Discriminator().to(device, memory_format=memory_format)
+    average = copy.deepcopy(generator)
+    g_optimizer = gan.make_optimizer(generator, train.LEARNING_RATE)
+    d_optimizer = gan.make_optimizer(discriminator, train.LEARNING_RATE)
 
-    def run(self, steps):
+    def run(steps):
         for step in range(1, steps + 1):
             # Step 1 has no penalty, and step R1_INTERVAL has one.
-            if self.r1 == "never":
+            if r1 == "never":
                 step = 1
-            if self.r1 == "in every step":
+            if r1 == "in every step":
                 step = gan.R1_INTERVAL
-            indices = torch.randint(len(self.images), (train.BATCH_SIZE,), device=self.device)
-            real = self.images[indices].float() / 127.5 - 1
+            indices = torch.randint(len(images), (train.BATCH_SIZE,), device=device)
+            real = images[indices].float() / 127.5 - 1
             context = contextlib.nullcontext()
-            if self.bfloat16:
-                context = train.precision(self.device)
+            if bfloat16:
+                context = train.precision(device)
             with context:
-                gan.adversarial_step(self.generator, self.discriminator, self.g_optimizer,
-                                     self.d_optimizer, real, step)
-            gan.update_average(self.average, self.generator, step)
+                gan.adversarial_step(
+                    generator, discriminator, g_optimizer, d_optimizer, real, step)
+            gan.update_average(average, generator, step)
+
+    return run
 
 
 def measure_speed(device, rounds):
@@ -123,20 +122,20 @@ def measure_speed(device, rounds):
     """
     images = train.load_images(train.SHIPPED_DATA).to(device)
     trainings = {
-        "as train.py does it": Training(device, images),
-        "float32 in place of bfloat16": Training(device, images, bfloat16=False),
-        "not channels last": Training(device, images, channels_last=False),
-        "R1 penalty in every step": Training(device, images, r1="in every step"),
-        "no R1 penalty": Training(device, images, r1="never"),
+        "as train.py does it": prepare_training(device, images),
+        "float32 in place of bfloat16": prepare_training(device, images, bfloat16=False),
+        "not channels last": prepare_training(device, images, channels_last=False),
+        "R1 penalty in every step": prepare_training(device, images, r1="in every step"),
+        "no R1 penalty": prepare_training(device, images, r1="never"),
     }
     seconds = {name: [] for name in trainings}
-    for training in trainings.values():
-        training.run(gan.R1_INTERVAL)
+    for run in trainings.values():
+        run(gan.R1_INTERVAL)
     for _ in range(rounds):
-        for name, training in trainings.items():
+        for name, run in trainings.items():
             finish(device)
             started = time.perf_counter()
-            training.run(gan.R1_INTERVAL)
+            run(gan.R1_INTERVAL)
             finish(device)
             seconds[name].append(time.perf_counter() - started)
     first = seconds["as train.py does it"]
