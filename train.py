@@ -103,7 +103,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
             # every step would make the CPU wait for a GPU each time.
             recent.append(losses)
             if len(recent) == LOG_EVERY or step == last_step:
-                means = torch.stack(recent).mean(dim=0)
+                means = torch.stack(recent).mean(dim=0).cpu()
                 d_loss, g_loss, d_real, d_fake = means.tolist()
                 recent.clear()
                 row = f"{epoch},{step},{d_loss:.5f},{g_loss:.5f},{d_real:.5f},{d_fake:.5f}\n"
