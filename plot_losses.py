@@ -95,7 +95,7 @@ def read_log(path):
         except ValueError:
             raise ValueError(f"{path}, line {number} is not a row of a loss log: "
                              f"{line[:60]}") from None
-    if min(log["epoch"] + log["step"]) < 1:
+    if not all(1 <= number < math.inf for number in log["epoch"] + log["step"]):
         raise ValueError(f"{path} is not a loss log: its epochs and steps must be 1 or more")
     return log
 

@@ -79,9 +79,11 @@ def damage(path, how):
         torch.save([1, 2, 3], path)
     if how == "other weights":
         torch.save({"settings": {}, "average": {"weight": torch.zeros(3)}}, path)
+    if how == "code":
+        torch.save({"settings": {}, "average": {}, "code": Path.cwd}, path)
 
 
-DAMAGES = ["missing", "text", "truncated", "list", "other weights"]
+DAMAGES = ["missing", "text", "truncated", "list", "other weights", "code"]
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,13 @@ def test_smoothing_is_the_mean_of_the_neighbours():
     assert plot_losses.smooth([1, 2, 6, 3], 1) == [1.5, 3, 11 / 3, 4.5]
 
 
+@pytest.mark.parametrize("form, start", [("svg", b"<?xml"), ("pdf", b"%PDF"), ("PNG", b"\x89PNG")])
+def test_type_of_the_picture_follows_its_name(cli, log, form, start):
+    out = log.with_name(f"plot.{form}")
+    assert cli(plot_losses, "--csv", log, "--out", out)[0] == 0
+    assert out.read_bytes().startswith(start)
+
+
 def test_log_of_a_training_that_diverged_is_plotted(cli, log):
     log.write_text(HEADER + "".join(ROWS) + "5,420,nan,inf,nan,nan\n")
     status, _, err = cli(plot_losses, "--csv", log, "--out", log.with_name("plot.png"))
@@ -86,8 +93,9 @@ def test_log_of_a_training_that_diverged_is_plotted(cli, log):
     ((HEADER + ROWS[0] + "\n" + ROWS[1]).encode(), "line 3"),
     ((HEADER + ROWS[0] + "x" * 200_000 + "\n").encode(), "line 3"),
     ((HEADER + "0,0,1.3,0.7,0.5,0.5\n").encode(), "1 or more"),
+    ((HEADER + "nan,20,1.3,0.7,0.5,0.5\n").encode(), "1 or more"),
     (bytes(range(256)), "text"),
-], ids=range(11))
+], ids=range(12))
 def test_file_that_is_no_loss_log_is_one_line(cli, log, content, word):
     log.unlink()
     if content is not None:

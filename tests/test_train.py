@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ def test_run_prints_a_line_for_each_epoch_and_no_bar_into_a_pipe(straight):
     assert "sample.py --checkpoint" in lines[3] and str(out) in lines[3]
 
 
-def test_bar_shows_the_epoch_and_the_losses(cli, data, tmp_path, monkeypatch):
+def test_terminal_shows_a_bar_with_speed_time_left_and_losses(cli, data, tmp_path, monkeypatch):
     original = train.tqdm
 
     def visible(*arguments, **options):
@@ -103,7 +104,7 @@ def test_bar_shows_the_epoch_and_the_losses(cli, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "tqdm", visible)
     status, _, err = cli(train, "--epochs", 1, "--data", data, "--out", tmp_path / "out", *SMALL)
     assert status == 0
-    assert re.search(r"epoch 1/1: .* d_loss .*, g_loss .*\]", err)
+    assert re.search(r"epoch 1/1: .*\[\d+:\d+<\d+:\d+, .*step/s, d_loss .*, g_loss .*\]", err)
 
 
 def test_epoch_shows_each_image_once_in_the_range_of_tanh_and_logs_mean_losses(
@@ -356,10 +357,16 @@ def test_bad_options_are_one_line_and_write_nothing(
     assert list(contents(tmp_path)) == [tmp_path / "file"]
 
 
-def test_shipped_data_set_is_mnist():
+def test_shipped_data_set_is_mnist_and_needs_no_network(monkeypatch, capfd):
+    def refuse(*_, **__):
+        raise OSError("the network is off")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     images = train.load_images(train.SHIPPED_DATA)
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
     assert round(images.float().mean().item(), 4) == 33.3184  # MNIST's well-known mean, 0.1307
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", [
