@@ -94,7 +94,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
                    disable=None)
         for step, indices in enumerate(bar, start=first_step):
             real = images[indices].float() / 127.5 - 1                # from [0, 255] to [-1, 1]
-            with precision(device):
+            with mixed_precision(device):
                 losses = adversarial_step(
                     generator, discriminator, g_optimizer, d_optimizer, real, step)
             update_average(average, generator, step)
@@ -136,12 +136,12 @@ def memory_format(device):
     return torch.contiguous_format
 
 
-def precision(device):
-    """Return a context in which the layers compute in bfloat16 if the CPU supports AVX-512 BF16.
+def mixed_precision(device):
+    """Return a context in which layers compute with 16-bit numbers (bfloat16), if that is faster.
 
-    Weights and losses stay in float32. On all other devices the context does nothing. Autocast's
-    cache is disabled. It would keep bfloat16 copies of D's weights, and G's update would use the
-    copies from before D's update.
+    It is faster on a CPU with AVX-512 BF16. Weights and losses stay in float32. On all other
+    devices the context does nothing. Autocast's cache is disabled. It would keep bfloat16 copies of
+    D's weights, and G's update would use the copies from before D's update.
     """
     fast = False
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not yet in PyTorch 2.6

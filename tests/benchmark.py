@@ -54,10 +54,10 @@ EXPERIMENTS = {
          "average.load_state_dict(generator.state_dict())"),
     ],
     "falling learning rate": [
-        ("train.py", "            with precision(device):\n",
+        ("train.py", "            with mixed_precision(device):\n",
          "            for optimizer in (g_optimizer, d_optimizer):\n"
          "                optimizer.param_groups[0]['lr'] = lr * min(1, (2000 / step) ** 0.5)\n"
-         "            with precision(device):\n"),
+         "            with mixed_precision(device):\n"),
     ],
     "learning rate 0.1": [
         ("train.py", "LEARNING_RATE = 0.001 ", "LEARNING_RATE = 0.1 "),
@@ -105,7 +105,7 @@ def prepare_training(device, images, bfloat16=True, channels_last=True, r1="in s
             real = images[indices].float() / 127.5 - 1
             context = contextlib.nullcontext()
             if bfloat16:
-                context = train.precision(device)
+                context = train.mixed_precision(device)
             with context:
                 gan.adversarial_step(
                     generator, discriminator, g_optimizer, d_optimizer, real, step)

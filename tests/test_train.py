@@ -268,7 +268,7 @@ def test_step_in_bfloat16_has_nearly_the_same_losses(monkeypatch):
         torch.manual_seed(0)
         generator, discriminator = train.Generator(), train.Discriminator()
         optimizers = train.make_optimizer(generator, 0), train.make_optimizer(discriminator, 0)
-        with train.precision(torch.device("cpu")):
+        with train.mixed_precision(torch.device("cpu")):
             losses.append(train.adversarial_step(generator, discriminator, *optimizers,
                                                  blobs(16).unsqueeze(1) / 127.5 - 1, step=16))
     assert not torch.equal(*losses)
