@@ -92,10 +92,11 @@ class Generator(nn.Module):
     BatchNorm2d normalises each channel to mean 0 and variance 1 over all pixels of all images in
     the batch. It then applies a learned scale and shift. Without it, the early layers may map all z
     to nearly the same values, and G draws the same image for every z. This was found for DCGAN, the
-    deep convolutional GAN (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3). A layer
-    before batch norm needs no bias, because subtracting the mean would cancel it. The last layer
-    has no batch norm, because batch norm would force the same brightness and contrast on every
-    batch.
+    deep convolutional GAN (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3). A convolution
+    before batch norm needs no bias, because subtracting the mean would cancel it. The linear layer
+    needs none either: one entry of the category is always CATEGORY_SCALE, so its weights act as a
+    bias. The last layer has no batch norm, because batch norm would force the same brightness and
+    contrast on every batch.
 
     As in DCGAN, the activation in G is ReLU. ReLU passes no gradient where its input is negative.
     This does little harm in G. A channel needs a gradient from only some of the images of the batch
@@ -245,11 +246,11 @@ def r1_penalty(discriminator, real):
     Takes real images (N, 1, 28, 28). Returns R1_GAMMA / 2 times the mean, over these images, of the
     squared length of the gradient of D's logit with respect to the pixels.
 
-    D can memorise the real images. Its logit then falls steeply around each of them and is flat
-    near the fakes, where G needs a gradient. The non-saturating loss does not help there: it has a
-    gradient with respect to the logit, but the logit hardly depends on the pixels. A steep D can
-    also make the training oscillate without end (section 2 of that paper). The penalty increases
-    D's loss where the logit is steep at a real image. It therefore favours a D whose logit changes
+    Without the penalty, D's logit can become very steep near the real images and flat near the
+    fakes, where G needs a gradient. The non-saturating loss does not help there: it has a gradient
+    with respect to the logit, but the logit hardly depends on the pixels. A steep D can also make
+    the training oscillate without end (section 2 of that paper). The penalty increases D's loss
+    where the logit is steep at a real image. It therefore favours a D whose logit changes
     gradually.
     """
     real = real.detach().requires_grad_()  # a new tensor, so that the caller's does not change
@@ -295,10 +296,10 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     d_loss = discriminator_loss(real_logits, fake_logits)
     loss = d_loss
     if step % R1_INTERVAL == 0:
-        # Computing the penalty takes more than half as long as the rest of the step. Adding it in
-        # only one of every R1_INTERVAL steps, with R1_INTERVAL times the weight, has about the same
-        # effect and takes much less time. Karras et al. (2020, arxiv.org/abs/1912.04958, section
-        # 3.1) call this "lazy regularization".
+        # Computing the penalty takes nearly as long as the rest of the step. Adding it in only one
+        # of every R1_INTERVAL steps, with R1_INTERVAL times the weight, has about the same effect
+        # and takes much less time. Karras et al. (2020, arxiv.org/abs/1912.04958, section 3.1) call
+        # this "lazy regularization".
         loss = d_loss + R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     loss.backward()

@@ -29,6 +29,7 @@ def plot(csv_path, out):
     x_label = "step"
     first_epoch, last_epoch = log["epoch"][0], log["epoch"][-1]
     if last_epoch > first_epoch:
+        # The last row of an epoch has the step epoch * steps_per_epoch.
         rows_of_first_epoch = log["epoch"].count(first_epoch)
         steps_per_epoch = log["step"][rows_of_first_epoch - 1] / first_epoch
         x = [step / steps_per_epoch for step in log["step"]]
