@@ -53,6 +53,9 @@ EXPERIMENTS = {
         ("train.py", "update_average(average, generator, step)",
          "average.load_state_dict(generator.state_dict())"),
     ],
+    "shorter running average": [
+        ("gan.py", "fraction = 10 / (step + 9)", "fraction = 20 / (step + 19)"),
+    ],
     "falling learning rate": [
         ("train.py", "            with mixed_precision(device):\n",
          "            for optimizer in (g_optimizer, d_optimizer):\n"
@@ -102,7 +105,7 @@ def prepare_training(device, images, bfloat16=True, channels_last=True, r1="in s
             if r1 == "in every step":
                 step = gan.R1_INTERVAL
             indices = torch.randint(len(images), (train.BATCH_SIZE,), device=device)
-            real = images[indices].float() / 127.5 - 1
+            real = to_input(images[indices])
             context = contextlib.nullcontext()
             if bfloat16:
                 context = train.mixed_precision(device)
