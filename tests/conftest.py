@@ -23,6 +23,11 @@ def blobs(count):
     return (255 * spots.amax(dim=1)).round().to(torch.uint8)
 
 
+def real_images(count):
+    """Return the blobs as train.py passes real images on: (count, 1, 28, 28) in [-1, 1]."""
+    return blobs(count).unsqueeze(1) / 127.5 - 1
+
+
 def idx(images):
     """Return the bytes of an IDX file, the format of MNIST."""
     sizes = b"".join(size.to_bytes(4, "big") for size in images.shape)

@@ -7,7 +7,7 @@ import torch
 
 import benchmark
 import gan
-from conftest import blobs
+from conftest import real_images
 from gan import (LATENT_DIM, N_CATEGORIES, R1_GAMMA, R1_INTERVAL, Discriminator, Generator,
                  adversarial_step, discriminator_loss, generate, generator_loss, make_optimizer,
                  r1_penalty, sample_latent, update_average)
@@ -17,10 +17,6 @@ from gan import (LATENT_DIM, N_CATEGORIES, R1_GAMMA, R1_INTERVAL, Discriminator,
 def networks():
     torch.manual_seed(0)
     return Generator(), Discriminator()
-
-
-def real_images(count):
-    return blobs(count).unsqueeze(1) / 127.5 - 1
 
 
 def sgd(network, lr=0.01):

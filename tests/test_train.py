@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import train
-from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx
+from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx, real_images
 from plot_losses import COLUMNS, read_log
 
 STEPS = 25  # per epoch: 102 images in batches of 4
@@ -270,7 +270,7 @@ def test_step_in_bfloat16_has_nearly_the_same_losses(monkeypatch):
         optimizers = train.make_optimizer(generator, 0), train.make_optimizer(discriminator, 0)
         with train.mixed_precision(torch.device("cpu")):
             losses.append(train.adversarial_step(generator, discriminator, *optimizers,
-                                                 blobs(16).unsqueeze(1) / 127.5 - 1, step=16))
+                                                 real_images(16), step=16))
     assert not torch.equal(*losses)
     torch.testing.assert_close(*losses, rtol=0.05, atol=0.02)
 
