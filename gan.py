@@ -184,7 +184,7 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images):
-        return self.layers(images).float()  # float32 for the losses; layers may use bfloat16
+        return self.layers(images)
 
 
 def init_weights(module):

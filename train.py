@@ -94,9 +94,8 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
                    disable=None)
         for step, indices in enumerate(bar, start=first_step):
             real = images[indices].float() / 127.5 - 1                # from [0, 255] to [-1, 1]
-            with mixed_precision(device):
-                losses = adversarial_step(
-                    generator, discriminator, g_optimizer, d_optimizer, real, step)
+            losses = adversarial_step(
+                generator, discriminator, g_optimizer, d_optimizer, real, step)
             update_average(average, generator, step)
 
             # The losses stay on the device until a row of losses.csv is complete. Reading them in
@@ -134,19 +133,6 @@ def memory_format(device):
     if device.type == "cpu":
         return torch.channels_last
     return torch.contiguous_format
-
-
-def mixed_precision(device):
-    """Return a context in which layers compute with 16-bit numbers (bfloat16), if that is faster.
-
-    It is faster on a CPU with AVX-512 BF16. Weights and losses stay in float32. On all other
-    devices the context does nothing. Autocast's cache is disabled. It would keep bfloat16 copies of
-    D's weights, and G's update would use the copies from before D's update.
-    """
-    fast = False
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not yet in PyTorch 2.6
-        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 def check_finite(epoch, tensors):
