@@ -166,8 +166,8 @@ def load_images(folder):
             raise InputError(f"{path} is damaged") from None
     # The file begins with four numbers: 0x803, the number of images, their height and their width.
     # Each byte after that is a pixel.
-    count = (len(content) - 16) // (28 * 28)
-    if count < 1 or content[:16] != struct.pack(">4i", 0x803, count, 28, 28):
+    count, rest = divmod(len(content) - 16, 28 * 28)
+    if count < 1 or rest != 0 or content[:16] != struct.pack(">4i", 0x803, count, 28, 28):
         raise InputError(f"{path} is damaged, or it does not contain 28x28 images in the format of "
                          "MNIST")
     pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)

@@ -384,10 +384,12 @@ def test_damaged_archive_is_named(cli, tmp_path, content):
     b"",
     b"These are no images.",
     idx(blobs(9))[:-1],
+    idx(blobs(9)) + b"\n",
     idx(blobs(9))[:10],
     idx(blobs(9).flatten(1)),
     idx(blobs(9)[:, :20]),
-], ids=["empty", "text", "truncated", "truncated header", "two dimensions", "28x20 pixels"])
+], ids=["empty", "text", "truncated", "too long", "truncated header", "two dimensions",
+        "28x20 pixels"])
 def test_file_that_does_not_hold_images_is_named(cli, tmp_path, content):
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(content)
