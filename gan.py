@@ -48,8 +48,9 @@ def sample_latent(count, device="cpu", random=None):
 
     The first N_CATEGORIES entries encode a category as a "one-hot" vector: one of them is
     CATEGORY_SCALE, and the others are 0. The other entries are noise from a standard normal
-    distribution. `random` is a torch.Generator, PyTorch's source of random numbers, on the device.
-    None selects the default one.
+    distribution. `random` is a torch.Generator, which is a source of random numbers and has nothing
+    to do with the class Generator below. It must be on `device`. None selects PyTorch's default
+    source.
 
     Most GANs use noise only. But a network is a continuous function: it turns similar z into
     similar images. That suits slant and stroke width, which vary continuously. It does not suit the
@@ -59,7 +60,7 @@ def sample_latent(count, device="cpu", random=None):
     draw anything there.
 
     Training does not use MNIST's labels, and no loss ties a category to a digit. In the trained
-    generator, each category nevertheless produces one digit, or a few similar ones. A likely reason
+    generator, most categories nevertheless produce one digit, or a few similar ones. A likely reason
     is that a change between dissimilar digits has to be abrupt, and G can change abruptly only
     between two parts of the latent space. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has
     a similar latent vector. It adds a loss that is small if a network can recover the category from
@@ -90,18 +91,18 @@ class Generator(nn.Module):
     causes.
 
     BatchNorm2d normalises each channel to mean 0 and variance 1 over all pixels of all images in
-    the batch. It then applies a learned scale and shift. Without it, the early layers may map all z
-    to nearly the same values, and G draws the same image for every z. This was found for DCGAN, the
-    deep convolutional GAN (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3). A convolution
-    before batch norm needs no bias, because subtracting the mean would cancel it. The linear layer
-    needs none either: one entry of the category is always CATEGORY_SCALE, so its weights act as a
-    bias. The last layer has no batch norm, because batch norm would force the same brightness and
-    contrast on every batch.
+    the batch. It then applies a learned scale and shift. It also keeps a running mean and variance
+    of each channel, which `generate` uses in place of those of a batch. Without batch norm, G may
+    draw the same image for every z, as was found for DCGAN, the deep convolutional GAN (Radford et
+    al. 2015, arxiv.org/abs/1511.06434, section 3). A convolution before batch norm needs no bias,
+    because subtracting the mean would cancel it. The linear layer needs none either: one entry of
+    the category is always CATEGORY_SCALE, so its weights act as a bias. The last layer has no batch
+    norm, because batch norm would force the same brightness and contrast on every batch.
 
     As in DCGAN, the activation in G is ReLU. ReLU passes no gradient where its input is negative.
     This does little harm in G. A channel needs a gradient from only some of the images of the batch
-    to learn, and batch norm keeps about half of its inputs positive. D is different: its gradient
-    has to reach the pixels of every single fake.
+    to learn, and after batch norm, about half of the values in a channel are positive. D is
+    different: its gradient has to reach the pixels of every single fake.
 
     Tanh keeps the output in [-1, 1], the range to which the real images are scaled. If fakes could
     leave that range, D could recognise them by that alone. Most pixels of MNIST are black (-1) or
@@ -143,8 +144,9 @@ class Discriminator(nn.Module):
     the sigmoid of a logit of 17 or more is exactly 1, and log(1 - D) would be minus infinity. The
     losses below take logits, and they stay finite.
 
-    Convolutions with stride 2 halve the height and width. Max pooling could do that instead, but it
-    passes the gradient to only one of four pixels. G needs the gradient at every pixel.
+    Convolutions with stride 2 halve the height and width (7 becomes 4). Max pooling could do that
+    instead, but it passes the gradient to only one of four pixels. G needs the gradient at every
+    pixel.
 
     LeakyReLU(0.2) passes a fifth of the gradient where its input is negative. ReLU would pass none,
     and that part of the gradient would not reach the pixels of the fake, from which G learns.
@@ -153,10 +155,11 @@ class Discriminator(nn.Module):
     therefore detect that all fakes of a batch are alike ("mode collapse"). The first convolution
     has no batch norm, because DCGAN became unstable with batch norm in every layer (section 3).
 
-    The third convolution has stride 1, so it keeps the height and width. It enlarges the receptive
-    field: each value after the fourth convolution depends on 26x26 pixels of the image, enough for
-    a whole digit. Without the third convolution, it would depend on 18x18 pixels. The linear layer
-    sees the whole image, but it only adds up these values, each with a weight of its own.
+    The third convolution has stride 1 and padding 1, so it keeps the height and width. It enlarges
+    the receptive field: each value after the fourth convolution depends on 26x26 pixels of the
+    image, enough for a whole digit. Without the third convolution, it would depend on 18x18 pixels.
+    The linear layer sees the whole image, but it only adds up these values, each with a weight of
+    its own.
     """
 
     def __init__(self):
@@ -189,6 +192,8 @@ class Discriminator(nn.Module):
 
 def init_weights(module):
     """Draw the weights of convolutions from N(0, 0.02^2), as DCGAN does (section 4).
+
+    `apply` calls this function for every layer of a network.
 
     Small weights matter most in G's last convolution, which no batch norm follows. They make the
     first fakes nearly uniform grey: the input of tanh is near 0, where tanh is steepest and passes
@@ -333,7 +338,8 @@ def update_average(average, generator, step):
     common. Its fraction is constant and must be chosen to suit the length of the run. Polynomial
     decay suits any length.
 
-    The running statistics of batch norm are also averaged, so that they fit the averaged weights.
+    The running statistics of batch norm are also averaged, so that they roughly fit the averaged
+    weights.
     """
     fraction = 10 / (step + 9)
     newest = generator.state_dict()
@@ -392,7 +398,7 @@ def load_checkpoint(path):
     Raises OSError if the file cannot be read, and InputError if it is not such a checkpoint.
     """
     try:
-        # Without weights_only, loading a file from a stranger could run any code that is in it.
+        # With weights_only=False, a file from a stranger could run any code that is in it.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if "average" not in checkpoint:
             raise KeyError("average")

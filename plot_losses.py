@@ -80,6 +80,7 @@ def smooth(values, radius):
 def read_log(path):
     """Read a loss log: a dictionary with a list of numbers for each of COLUMNS."""
     try:
+        # "-sig" skips the mark that Excel puts at the beginning of a file.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file") from None

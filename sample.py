@@ -68,7 +68,7 @@ def sample_batches(count, seed):
 
 
 def interpolate(generator, count, seed=0):
-    """Move each digit around a circle in latent space: uint8 (FRAMES, count, 1, 28, 28).
+    """Move each digit along a closed curve in latent space: uint8 (FRAMES, count, 1, 28, 28).
 
     The noise at the angle t is cos(t) * a + sin(t) * b. Because cos² + sin² = 1, it has a standard
     normal distribution at every t, as in training. Halfway along a straight line from a to b, its

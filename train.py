@@ -59,7 +59,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
     for files that cannot be read or written, and FloatingPointError if the training diverges.
     """
     out = Path(out)
-    log = out / "losses.csv"
+    log_path = out / "losses.csv"
     if not resume:
         refuse_to_overwrite(out)
     if data is not None:
@@ -106,7 +106,7 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
                 d_loss, g_loss, d_real, d_fake = means.tolist()
                 recent.clear()
                 row = f"{epoch},{step},{d_loss:.5f},{g_loss:.5f},{d_real:.5f},{d_fake:.5f}\n"
-                with open(log, "a") as file:
+                with open(log_path, "a") as file:
                     file.write(row)
                 bar.set_postfix_str(f"d_loss {d_loss:.3f}, g_loss {g_loss:.3f}", refresh=False)
                 check_finite(epoch, [means])
@@ -116,11 +116,11 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
         samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
         save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
         save_atomically({"average": average.state_dict()}, out / "generator.pt")
-        save_checkpoint(out, epoch, log.read_text(), settings, state)
+        save_checkpoint(out, epoch, log_path.read_text(), settings, state)
         print(f"epoch {epoch}/{epochs}: d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, "
               f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
 
-    plot(log, out / "losses.png")
+    plot(log_path, out / "losses.png")
     return average
 
 
@@ -189,8 +189,8 @@ def refuse_to_overwrite(out):
         raise InputError(f"--out {out} is a file; choose a folder")
     for name in ("checkpoint.pt", "generator.pt", "losses.csv", "losses.png", "samples"):
         if (out / name).exists():
-            raise InputError(f"{out} already holds a run ({name}); continue it with --resume, or "
-                             "choose another --out")
+            raise InputError(f"{out} already holds a run ({name}); choose another --out, or "
+                             "continue it with --resume")
 
 
 def open_run(out, resume, settings, state):
@@ -238,7 +238,8 @@ def save_atomically(content, path):
 def load_run(out):
     path = Path(out) / "checkpoint.pt"
     if not path.exists():
-        raise InputError(f"{out} has no checkpoint.pt; to begin a run there, leave --resume out")
+        raise InputError(f"{out} has no checkpoint.pt, so there is no run to resume; to begin one, "
+                         "leave --resume out")
     return load_checkpoint(path)
 
 
@@ -301,7 +302,8 @@ def parse_arguments():
         parser.error(f"--epochs {arguments.epochs}: use 1 or more")
     if arguments.batch_size < 1:
         parser.error(f"--batch-size {arguments.batch_size}: use 1 or more")
-    if not 0 < arguments.lr < 1e38:  # float32 cannot hold larger numbers; NaN fails as well
+    # Adam doubles the learning rate in its first step, and float32 ends at 3.4e38. NaN fails too.
+    if not 0 < arguments.lr < 1e38:
         parser.error(f"--lr {arguments.lr}: use a number above 0 and below 1e38")
     if not 0 <= arguments.seed < 2**63:
         parser.error(f"--seed {arguments.seed}: use 0 to 2**63 - 1")

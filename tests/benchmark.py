@@ -311,8 +311,10 @@ def run_experiment(name, epochs, seed, out):
 
 
 def call(folder, *command):
+    """Run a script in the folder. Raises CalledProcessError if it fails; output.txt says why."""
     with open(folder / "output.txt", "a") as output:
-        subprocess.run([sys.executable, *command], cwd=folder, stdout=output, stderr=output)
+        subprocess.run([sys.executable, *command], cwd=folder, stdout=output, stderr=output,
+                       check=True)
 
 
 def run_experiments(names, epochs, seeds, out):
