@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import train
-from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx, real_images
+from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx
 from plot_losses import COLUMNS, read_log
 
 STEPS = 25  # per epoch: 102 images in batches of 4
