@@ -124,11 +124,11 @@ class Generator(nn.Module):
             nn.BatchNorm2d(64),
             nn.ReLU(),
 
-            nn.ConvTranspose2d(64, 16, 4, stride=2, padding=1, bias=False),   # (N, 16, 14, 14)
-            nn.BatchNorm2d(16),
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
+            nn.BatchNorm2d(32),
             nn.ReLU(),
 
-            nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1),                # (N, 1, 28, 28)
+            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),                # (N, 1, 28, 28)
             nn.Tanh(),
         )
         self.apply(init_weights)
@@ -331,17 +331,17 @@ def update_average(average, generator, step):
     weights keep moving around a good solution. Their average is closer to it (Yazıcı et al. 2018,
     arxiv.org/abs/1806.04498). Only the samples use the average. The training does not.
 
-    Each step moves the average towards the newest weights by the fraction 10 / (step + 9). In
-    step 1, this fraction is 1. It falls so that the last tenth of the steps so far determines about
-    two thirds of the average (1 - 0.9**10). This is called polynomial-decay averaging (Shamir and
-    Zhang 2013, arxiv.org/abs/1212.1824). The exponential moving average (EMA) is more
+    Each step moves the average towards the newest weights by the fraction 40 / (step + 39). In
+    step 1, this fraction is 1. It falls so that the last tenth of the steps so far always
+    determines about 98 % of the average (1 - 0.9**40). This is called polynomial-decay averaging
+    (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). The exponential moving average (EMA) is more
     common. Its fraction is constant and must be chosen to suit the length of the run. Polynomial
     decay suits any length.
 
     The running statistics of batch norm are also averaged, so that they roughly fit the averaged
     weights.
     """
-    fraction = 10 / (step + 9)
+    fraction = 40 / (step + 39)
     newest = generator.state_dict()
     for name, averaged in average.state_dict().items():
         if averaged.is_floating_point():  # skips num_batches_tracked, an integer

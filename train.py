@@ -38,7 +38,7 @@ from gan import (
 )
 from plot_losses import COLUMNS, plot
 
-EPOCHS = 8
+EPOCHS = 12
 BATCH_SIZE = 64
 LEARNING_RATE = 0.001  # DCGAN uses 0.0002 for its larger networks
 LOG_EVERY = 20         # the number of steps that a row of losses.csv averages

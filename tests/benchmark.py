@@ -52,14 +52,8 @@ EXPERIMENTS = {
         ("train.py", "update_average(average, generator, step)",
          "average.load_state_dict(generator.state_dict())"),
     ],
-    "shorter running average": [
-        ("gan.py", "fraction = 10 / (step + 9)", "fraction = 20 / (step + 19)"),
-    ],
-    "falling learning rate": [
-        ("train.py", "            losses = adversarial_step(\n",
-         "            for optimizer in (g_optimizer, d_optimizer):\n"
-         "                optimizer.param_groups[0]['lr'] = lr * min(1, (2000 / step) ** 0.5)\n"
-         "            losses = adversarial_step(\n"),
+    "longer running average": [
+        ("gan.py", "fraction = 40 / (step + 39)", "fraction = 10 / (step + 9)"),
     ],
     "learning rate 0.1": [
         ("train.py", "LEARNING_RATE = 0.001 ", "LEARNING_RATE = 0.1 "),
@@ -353,7 +347,7 @@ def main():
     part.add_argument("checkpoints", nargs="*", help="checkpoint.pt or generator.pt files")
     part = parts.add_parser("experiments", help="edit the program, train, sample and score")
     part.add_argument("names", nargs="*", help=f"some of: {', '.join(EXPERIMENTS)} (default: all)")
-    part.add_argument("--epochs", type=int, default=8,
+    part.add_argument("--epochs", type=int, default=train.EPOCHS,
                       help="number of epochs (default: %(default)s)")
     part.add_argument("--seeds", type=int, nargs="+", default=[0],
                       help="random seeds, one run for each (default: 0)")

@@ -176,8 +176,8 @@ def test_average_is_the_weighted_mean_of_all_generators_so_far(networks):
         update_average(average, generator, step)
     shares = []
     for step in range(1, 21):
-        later = math.prod(1 - 10 / (other + 9) for other in range(step + 1, 21))
-        shares.append(10 / (step + 9) * later)
+        later = math.prod(1 - 40 / (other + 39) for other in range(step + 1, 21))
+        shares.append(40 / (step + 39) * later)
     assert sum(shares) == pytest.approx(1)
     for name, mean in average.state_dict().items():
         if mean.is_floating_point():
