@@ -7,10 +7,13 @@ script also works while the training is in progress.
 """
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
-COLUMNS = ["epoch", "step", "d_loss", "g_loss", "d_real", "d_fake"]  # the header of losses.csv
+import numpy
+
+COLUMNS = ("epoch", "step", "d_loss", "g_loss", "d_real", "d_fake")
 BLUE = "#0072B2"  # colour-blind readers can distinguish these two colours
 ORANGE = "#D55E00"
 
@@ -25,15 +28,10 @@ def plot(csv_path, out):
     from matplotlib.figure import Figure
 
     log = read_log(csv_path)
-    x = log["step"]
-    x_label = "step"
-    first_epoch, last_epoch = log["epoch"][0], log["epoch"][-1]
-    if last_epoch > first_epoch:
-        # The last row of an epoch has the step epoch * steps_per_epoch.
-        rows_of_first_epoch = log["epoch"].count(first_epoch)
-        steps_per_epoch = log["step"][rows_of_first_epoch - 1] / first_epoch
-        x = [step / steps_per_epoch for step in log["step"]]
-        x_label = "epoch"
+    epoch, x, x_label = log["epoch"], log["step"], "step"
+    if epoch[-1] > epoch[0]:
+        steps_per_epoch = x[epoch == epoch[0]].max() / epoch[0]
+        x, x_label = x / steps_per_epoch, "epoch"
 
     # pyplot would choose a backend for the display, and keep a reference to every figure.
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -43,7 +41,7 @@ def plot(csv_path, out):
     losses.axhline(2 * math.log(2), color=BLUE, linestyle=":", linewidth=1)
     losses.axhline(math.log(2), color=ORANGE, linestyle=":", linewidth=1)
     losses.set_ylabel("loss (dotted: 2 log 2, log 2)")
-    if min(log["g_loss"]) >= 0:  # the saturating loss is negative and would be cut off
+    if not (log["g_loss"] < 0).any():  # the saturating loss is negative and would be cut off
         losses.set_ylim(bottom=0)
 
     draw_curve(outputs, x, log["d_real"], "D(x), real images", BLUE)
@@ -70,54 +68,55 @@ def draw_curve(axes, x, values, label, colour):
 
 def smooth(values, radius):
     """Return the mean of each value and its neighbours, at most `radius` on either side."""
-    means = []
-    for i in range(len(values)):
-        neighbours = values[max(0, i - radius):i + radius + 1]
-        means.append(sum(neighbours) / len(neighbours))
-    return means
+    index = numpy.arange(len(values))
+    start = numpy.maximum(index - radius, 0)
+    end = numpy.minimum(index + radius + 1, len(values))
+    sums = numpy.concatenate([[0], numpy.cumsum(values)])  # sums[i] is the sum of the first i
+    with numpy.errstate(invalid="ignore"):  # a training that diverged ends in infinity or NaN
+        return (sums[end] - sums[start]) / (end - start)
 
 
 def read_log(path):
-    """Read a loss log: a dictionary with a list of numbers for each of COLUMNS."""
+    """Read a loss log: a dictionary from the name of each column to an array of its numbers.
+
+    Raises ValueError if the file is not a loss log, and OSError if it cannot be read.
+    """
     try:
         # "-sig" skips the mark that Excel puts at the beginning of a file.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file") from None
-    lines.pop()  # the text after the last newline: empty, or an incomplete row
-    if not lines or lines[0] != ",".join(COLUMNS):
-        raise ValueError(f"{path} is not a loss log: its first line is not {','.join(COLUMNS)}")
-    if len(lines) == 1:
-        raise ValueError(f"{path} has no rows yet; try again later")
-    log = {name: [] for name in COLUMNS}
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            for name, field in zip(COLUMNS, line.split(","), strict=True):
-                log[name].append(float(field))
-        except ValueError:
-            raise ValueError(f"{path}, line {number} is not a row of a loss log: "
-                             f"{line[:60]}") from None
-    if not all(1 <= number < math.inf for number in log["epoch"] + log["step"]):
-        raise ValueError(f"{path} is not a loss log: its epochs and steps must be 1 or more")
+        lines.pop()  # the text after the last newline: empty, or a row that is still being written
+        if not any(lines[1:]):
+            raise ValueError("it has no rows yet; try again later")
+        table = numpy.loadtxt(lines[1:], delimiter=",", ndmin=2)
+        log = dict(zip(lines[0].split(","), table.T, strict=True))
+        for name in COLUMNS:
+            if name not in log:
+                raise ValueError(f"its first line does not name a column {name}")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be plotted: {str(error)[:150]}") from None
     return log
 
 
 def main():
+    # This script shows no window. A notebook that starts it may have chosen a backend for windows
+    # that is not installed here.
+    os.environ["MPLBACKEND"] = "agg"
     parser = argparse.ArgumentParser(description="Plot the loss log of a run.")
     parser.add_argument("--csv", default="out/losses.csv",
                         help="the log that train.py wrote (default: %(default)s)")
     parser.add_argument("--out",
                         help="output: .png, .svg or .pdf (default: losses.png beside the log)")
     arguments = parser.parse_args()
-    if arguments.out is None:
-        arguments.out = Path(arguments.csv).with_name("losses.png")
-    if Path(arguments.out).suffix.lower() not in (".png", ".svg", ".pdf"):
-        parser.error(f"--out {arguments.out}: the name must end in .png, .svg or .pdf")
+    out = arguments.out
+    if out is None:
+        out = Path(arguments.csv).parent / "losses.png"
+    if Path(out).suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--out {out}: the name must end in .png, .svg or .pdf")
     try:
-        plot(arguments.csv, arguments.out)
+        plot(arguments.csv, out)
     except (OSError, ValueError) as error:
         sys.exit(f"plot_losses.py: {error}")
-    print(f"{arguments.out}: wrote the plot of {arguments.csv}")
+    print(f"{out}: wrote the plot of {arguments.csv}")
 
 
 if __name__ == "__main__":

@@ -1,84 +1,75 @@
 """Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device D] [--resume] ...
 
-The training loop is in train(). The functions below it load the images, save and restore
-checkpoints, and read the command line.
+The training loop is in train(). The functions below it keep the files of a run, load the images,
+and read the command line.
 """
 import argparse
 import copy
 import gzip
+import hashlib
 import io
 import os
 import shlex
-import signal
 import struct
 import sys
 import time
 import zlib
 from pathlib import Path
 
-if __name__ == "__main__":
-    # Loading PyTorch takes several seconds. Ctrl-C ends the program at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
-from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-from gan import (
-    Discriminator,
-    Generator,
-    InputError,
-    adversarial_step,
-    generate,
-    load_checkpoint,
-    make_optimizer,
-    pick_device,
-    sample_latent,
-    update_average,
-)
-from plot_losses import COLUMNS, plot
+from gan import (Discriminator, Generator, InputError, adversarial_step, from_pixels, generate,
+                 load_checkpoint, make_optimizer, pick_device, sample_latent, update_average)
+from plot_losses import plot
+from sample import save_grid
 
-EPOCHS = 12
-BATCH_SIZE = 64
-LEARNING_RATE = 0.001  # DCGAN uses 0.0002 for its larger networks
-LOG_EVERY = 20         # the number of steps that a row of losses.csv averages
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
+DEFAULTS = {
+    "epochs": 12,
+    "batch_size": 64,
+    "lr": 0.001,   # DCGAN uses 0.0002 for its larger networks
+    "seed": 0,
+    "data": "",    # SHIPPED_DATA, wherever this repository is
+}
+LOG_EVERY = 20     # the number of steps that a row of losses.csv averages
+OTHER_VERSION = ("cannot be resumed: it is only a generator.pt, or it was saved by another or an "
+                 "edited version of this program")
 
 
-def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE, seed=0, data=None,
-          out="out", resume=False):
+def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=None, out="out",
+          resume=False):
     """Train a GAN, save the files of the run in the folder `out`, and return the generator.
 
-    The weights of the returned generator are the running average.
+    The arguments are the options of train.py. None stands for the setting of the run that is
+    resumed, or else for the default. The returned generator has the averaged weights, and is in
+    evaluation mode.
 
-    data: a folder with images. None selects the MNIST files of this repository.
-    resume: continue the run in `out` until it has `epochs` epochs. The arguments batch_size, lr,
-    seed and data must be those of the run.
-
-    Raises InputError for an unknown device, an unsuitable batch_size and unsuitable files, OSError
-    for files that cannot be read or written, and FloatingPointError if the training diverges.
+    Raises InputError for unsuitable arguments and files, OSError for files that cannot be read or
+    written, and FloatingPointError if the training diverges.
     """
-    out = Path(out)
-    log_path = out / "losses.csv"
-    if not resume:
-        refuse_to_overwrite(out)
-    if data is not None:
-        data = str(Path(data).resolve())  # absolute, so that --resume works from any folder
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "data": data}
     device = pick_device(device)
-    images = load_images(data or SHIPPED_DATA).to(device)             # uint8 (60000, 1, 28, 28)
-    steps_per_epoch = count_steps(images, batch_size)
+    settings, images, checkpoint = open_run(out, given, resume)
+    epochs, batch_size, seed = settings["epochs"], settings["batch_size"], settings["seed"]
+    images = images.to(device)                                        # uint8 (60000, 1, 28, 28)
+    steps_per_epoch = len(images) // batch_size  # images that do not fill a batch are left out
 
     torch.manual_seed(seed)
     generator = Generator().to(device, memory_format=memory_format(device))
     discriminator = Discriminator().to(device, memory_format=memory_format(device))
-    average = copy.deepcopy(generator)
-    g_optimizer = make_optimizer(generator, lr)
-    d_optimizer = make_optimizer(discriminator, lr)
-    fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))  # for samples/
-    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "data": data}
-    state = {"generator": generator, "discriminator": discriminator, "average": average,
+    average = copy.deepcopy(generator).eval()
+    g_optimizer = make_optimizer(generator, settings["lr"])
+    d_optimizer = make_optimizer(discriminator, settings["lr"])
+    parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    epochs_done = open_run(out, resume, settings, state)
+    out, epochs_done, log = start_run(out, checkpoint, parts)
+    fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
+    # Save now, so that a run that stops in its first epoch can be resumed, and so that a new
+    # --epochs or --data is kept. epoch_0000.png shows what G draws before it has learned.
+    save_run(out, epochs_done, log, settings, parts, generate(average, fixed_z))
+    print(f"training on {device} for {epochs} epochs of {steps_per_epoch} steps; weights: "
+          f"{count_weights(generator):,} in G, {count_weights(discriminator):,} in D", flush=True)
 
     for epoch in range(epochs_done + 1, epochs + 1):
         # The order of the images and all latent vectors of an epoch depend on this seed alone. A
@@ -87,52 +78,65 @@ def train(epochs=EPOCHS, device="auto", batch_size=BATCH_SIZE, lr=LEARNING_RATE,
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         first_step = (epoch - 1) * steps_per_epoch + 1
         last_step = epoch * steps_per_epoch
-        recent = []
+        unlogged, logged = [], []  # the losses of each step of this epoch
         started = time.perf_counter()
         # disable=None hides the bar if stderr is not a terminal.
         bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
                    disable=None)
         for step, indices in enumerate(bar, start=first_step):
-            real = images[indices].float() / 127.5 - 1                # from [0, 255] to [-1, 1]
+            real = from_pixels(images[indices])                       # (batch_size, 1, 28, 28)
             losses = adversarial_step(
                 generator, discriminator, g_optimizer, d_optimizer, real, step)
             update_average(average, generator, step)
 
-            # The losses stay on the device until a row of losses.csv is complete. Reading them in
-            # every step would make the CPU wait for a GPU each time.
-            recent.append(losses)
-            if len(recent) == LOG_EVERY or step == last_step:
-                means = torch.stack(recent).mean(dim=0).cpu()
-                d_loss, g_loss, d_real, d_fake = means.tolist()
-                recent.clear()
-                row = f"{epoch},{step},{d_loss:.5f},{g_loss:.5f},{d_real:.5f},{d_fake:.5f}\n"
-                with open(log_path, "a") as file:
-                    file.write(row)
-                bar.set_postfix_str(f"d_loss {d_loss:.3f}, g_loss {g_loss:.3f}", refresh=False)
-                check_finite(epoch, [means])
+            unlogged.append(losses)
+            if len(unlogged) == LOG_EVERY or step == last_step:
+                means = mean_losses(unlogged)
+                log = add_row(log, out / "losses.csv", epoch, step, means)
+                check_finite(epoch, [torch.tensor(list(means.values()))])
+                bar.set_postfix_str(f"d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f}",
+                                    refresh=False)
+                logged += unlogged
+                unlogged = []
 
         check_finite(epoch, [*generator.parameters(), *discriminator.parameters()])
         speed = len(order) / (time.perf_counter() - started)
-        samples = generate(average, fixed_z)                          # uint8 (64, 1, 28, 28)
-        save_image(samples / 255, out / "samples" / f"epoch_{epoch:04d}.png", nrow=8)
-        save_atomically({"average": average.state_dict()}, out / "generator.pt")
-        save_checkpoint(out, epoch, log_path.read_text(), settings, state)
-        print(f"epoch {epoch}/{epochs}: d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, "
-              f"D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}, {speed:.0f} images/s", flush=True)
+        save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
+        means = mean_losses(logged)
+        print(f"epoch {epoch}/{epochs}: d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f},"
+              f" D(x) {means['d_real']:.2f}, D(G(z)) {means['d_fake']:.2f}, {speed:.0f} images/s",
+              flush=True)
 
-    plot(log_path, out / "losses.png")
+    try:
+        plot(out / "losses.csv", out / "losses.png")
+    except Exception as error:  # whatever is wrong with matplotlib, the run is complete
+        reason = str(error).partition("\n")[0]
+        print(f"{out}/losses.png was not drawn ({reason}); draw it later with: "
+              f"python plot_losses.py --csv {shlex.quote(str(out / 'losses.csv'))}", flush=True)
     return average
 
 
 def memory_format(device):
-    """Return the order in which weights and feature maps are stored in memory.
-
-    On a CPU, the channels of a pixel are adjacent, because convolutions are then faster
-    (results/README.md, "Speed"). Other devices keep PyTorch's usual order.
-    """
+    """Return the order in which weights and feature maps are stored in memory."""
     if device.type == "cpu":
+        # The channels of a pixel are adjacent, because convolutions are then faster on a CPU
+        # (results/README.md, "Speed").
         return torch.channels_last
     return torch.contiguous_format
+
+
+def count_weights(network):
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def mean_losses(steps):
+    """Average the dictionaries that adversarial_step returned, name by name."""
+    # The losses of a step stay on the device until here. Reading them in every step would make the
+    # CPU wait for a GPU each time.
+    names = list(steps[0])
+    losses = torch.stack([losses[name] for losses in steps for name in names])
+    means = losses.view(len(steps), len(names)).mean(dim=0)
+    return dict(zip(names, means.tolist()))
 
 
 def check_finite(epoch, tensors):
@@ -140,87 +144,92 @@ def check_finite(epoch, tensors):
         if not tensor.isfinite().all():
             raise FloatingPointError(
                 f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
-                "checkpoint of the previous epoch is kept. Try a lower --lr, with another --out")
+                "checkpoint of the previous epoch is kept. Begin a new run with a lower --lr and "
+                "another --out")
 
 
-def count_steps(images, batch_size):
-    """Return the number of steps in an epoch. Images that do not fill a batch are left out."""
-    if not 1 <= batch_size <= len(images):
-        raise InputError(f"--batch-size {batch_size}: use 1 to {len(images)}, because there are "
-                         f"only {len(images)} images")
-    return len(images) // batch_size
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
 
 
-def load_images(folder):
-    """Load the training images in a folder: uint8 (N, 1, 28, 28).
+def open_run(out, given, resume):
+    """Return the settings of a run, its images, and the checkpoint to resume (None for a new run).
 
-    The folder, or MNIST/raw in it, must contain the file train-images-idx3-ubyte in the format of
-    MNIST, or the same file compressed, with the ending .gz. Raises InputError if it does not.
+    given: the settings that the user chose. The others are None.
     """
-    path = find_images(Path(folder))
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise InputError(f"{path} is damaged") from None
-    # The file begins with four numbers: 0x803, the number of images, their height and their width.
-    # Each byte after that is a pixel.
-    count, rest = divmod(len(content) - 16, 28 * 28)
-    if count < 1 or rest != 0 or content[:16] != struct.pack(">4i", 0x803, count, 28, 28):
-        raise InputError(f"{path} is damaged, or it does not contain 28x28 images in the format of "
-                         "MNIST")
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)
-    return pixels.view(count, 1, 28, 28)
-
-
-def find_images(folder):
-    name = "train-images-idx3-ubyte"
-    raw = folder / "MNIST" / "raw"  # where torchvision stores MNIST
-    for path in (folder / name, folder / f"{name}.gz", raw / name, raw / f"{name}.gz"):
-        if path.exists():
-            return path
-    raise InputError(f"{folder} contains neither {name} nor {name}.gz; without --data, train.py "
-                     "uses the MNIST files of this repository")
-
-
-def refuse_to_overwrite(out):
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; choose a folder")
-    for name in ("checkpoint.pt", "generator.pt", "losses.csv", "losses.png", "samples"):
-        if (out / name).exists():
-            raise InputError(f"{out} already holds a run ({name}); choose another --out, or "
-                             "continue it with --resume")
-
-
-def open_run(out, resume, settings, state):
-    """Begin a run in the folder `out`, or continue the one there with its networks and optimizers.
-
-    Returns the number of finished epochs.
-    """
+    if given["data"] is not None:
+        given["data"] = Path(given["data"]).resolve()  # so that --resume works in any folder
+    # The type of the default turns NumPy's numbers into plain ones, which a checkpoint can hold.
+    given = {name: type(DEFAULTS[name])(value) for name, value in given.items()
+             if value is not None}
+    checkpoint, saved = None, {}
     if resume:
-        epochs_done, log = restore_checkpoint(out, settings, state)
-    else:
-        epochs_done, log = 0, ",".join(COLUMNS) + "\n"
-        out.mkdir(parents=True, exist_ok=True)
-    # Save now, so that a run that stops in its first epoch can be resumed, and so that a new
-    # --epochs is kept.
-    save_checkpoint(out, epochs_done, log, settings, state)
+        path = Path(out) / "checkpoint.pt"
+        require(path.exists(), f"{out} has no checkpoint.pt, so there is no run to resume; to "
+                               "begin one, leave --resume out")
+        checkpoint = load_checkpoint(path, "epoch", "log", "settings")
+        saved = checkpoint["settings"]
+    settings = DEFAULTS | saved | given
+    images = load_images(settings["data"] or SHIPPED_DATA)
+    checksum = hashlib.sha256(images.numpy()).hexdigest()
+    settings["images"] = f"{len(images)} ({checksum[:16]})"
 
-    (out / "samples").mkdir(exist_ok=True)
-    (out / "losses.csv").write_text(log)  # without the rows of an unfinished epoch
-    return epochs_done
+    require(settings["epochs"] >= 1, f"--epochs {settings['epochs']}: use 1 or more")
+    require(1 <= settings["batch_size"] <= len(images), f"--batch-size {settings['batch_size']}: "
+            f"use 1 to {len(images)}, because there are {len(images)} images")
+    # Adam divides the learning rate by 1 - beta1, and float32 ends at 3.4e38.
+    require(0 < settings["lr"] < 1e38, f"--lr {settings['lr']}: use a number between 0 and 1e38")
+    require(0 <= settings["seed"] < 2**63, f"--seed {settings['seed']}: use 0 to 2**63 - 1")
+    if resume:
+        require(saved.keys() == settings.keys(), f"{path} {OTHER_VERSION}")
+        for name in ("batch_size", "lr", "seed"):
+            option = "--" + name.replace("_", "-")
+            require(settings[name] == saved[name], f"{option} {settings[name]} contradicts the run "
+                    f"in {out}, which began with {option} {saved[name]}; for another value, begin "
+                    "a new run with another --out")
+        require(settings["images"] == saved["images"], f"the run in {out} began with other images "
+                f"than those in {settings['data'] or SHIPPED_DATA}; say with --data where they are")
+        require(settings["epochs"] >= checkpoint["epoch"], f"--epochs {settings['epochs']}: the "
+                f"run in {out} already has {checkpoint['epoch']} epochs; give a larger number")
+    return settings, images, checkpoint
 
 
-def save_checkpoint(out, epoch, log, settings, state):
-    """Write checkpoint.pt, which contains everything that --resume needs.
+def start_run(out, checkpoint, parts):
+    """Claim the folder of a new run, or restore the networks and optimizers of the resumed one.
 
-    log is the text of losses.csv.
+    Returns the folder, the number of finished epochs, and the log, which is the text of losses.csv.
     """
-    checkpoint = {"epoch": epoch, "log": log, "settings": settings}
-    for name, part in state.items():
-        checkpoint[name] = part.state_dict()
-    save_atomically(checkpoint, out / "checkpoint.pt")
+    require(out != "", "the name of the folder (--out) is empty")
+    out = Path(out)
+    if checkpoint is None:
+        taken = f"{out} already holds a run; continue it (--resume), or choose another --out"
+        for name in ("checkpoint.pt", "generator.pt", "losses.csv", "losses.png"):
+            require(not (out / name).exists(), taken)
+        try:
+            (out / "samples").mkdir(parents=True)  # of several processes, only one can do this
+        except FileExistsError:
+            raise InputError(taken) from None
+        return out, 0, ""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise InputError(f"{out}/checkpoint.pt {OTHER_VERSION}") from None
+    (out / "samples").mkdir(exist_ok=True)
+    return out, checkpoint["epoch"], checkpoint["log"]
+
+
+def save_run(out, epoch, log, settings, parts, samples):
+    """Save the files of a run. checkpoint.pt holds everything that --resume needs."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_grid(samples, out / "samples" / f"epoch_{epoch:04d}.png")
+    # The rows of an unfinished epoch go, and so does what another program did to the file.
+    (out / "losses.csv").write_text(log)
+    if epoch > 0:
+        save_atomically({"average": states["average"]}, out / "generator.pt")
+    save_atomically({"epoch": epoch, "log": log, "settings": settings, **states},
+                    out / "checkpoint.pt")
 
 
 def save_atomically(content, path):
@@ -235,104 +244,85 @@ def save_atomically(content, path):
         partial.unlink(missing_ok=True)
 
 
-def load_run(out):
-    path = Path(out) / "checkpoint.pt"
-    if not path.exists():
-        raise InputError(f"{out} has no checkpoint.pt, so there is no run to resume; to begin one, "
-                         "leave --resume out")
-    return load_checkpoint(path)
+def add_row(log, path, epoch, step, means):
+    """Add a row of mean losses to the log and to the file at `path`. Returns the new log."""
+    row = ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())]) + "\n"
+    if not log:
+        row = ",".join(["epoch", "step", *means]) + "\n" + row
+    with open(path, "a") as file:
+        file.write(row)
+    return log + row
 
 
-def restore_checkpoint(out, settings, state):
-    """Load out/checkpoint.pt into the networks and optimizers. Returns its epoch and its log.
+def load_images(place):
+    """Load the training images in a file or in a folder: uint8 (N, 1, 28, 28).
 
-    Raises InputError if the checkpoint does not fit the networks or contradicts the settings.
+    The file is in the format of MNIST, and may be compressed with gzip. In a folder, its name is
+    train-images-idx3-ubyte, or the same with the ending .gz. Raises InputError if there are no such
+    images.
     """
-    checkpoint = load_run(out)
-    try:
-        epoch = checkpoint["epoch"]
-        log = checkpoint["log"]
-        saved = {name: checkpoint["settings"][name] for name in settings}
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{out}/checkpoint.pt cannot be resumed: it is only a generator.pt, or it "
-                         "was saved by another or an edited version of this program") from None
-    for name, value in settings.items():
-        if name != "epochs" and value != saved[name]:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} {value} contradicts the run in {out}, which has {option} "
-                             f"{saved[name]}; leave {option} out, or begin a new run with another "
-                             "--out")
-    if epoch > settings["epochs"]:
-        raise InputError(f"--epochs {settings['epochs']}: the run in {out} already has {epoch} "
-                         "epochs; give a larger number to continue it")
-    return epoch, log
+    path = find_images(Path(place))
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):  # as every file of gzip, whatever its name
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            raise InputError(f"{path} is damaged") from None
+    # The file begins with four numbers: 0x803, the number of images, their height and their width.
+    # Each byte after that is a pixel.
+    count, rest = divmod(len(content) - 16, 28 * 28)
+    header = struct.pack(">4i", 0x803, max(count, 1), 28, 28)
+    require(rest == 0 and content.startswith(header),
+            f"{path} is damaged, or it does not contain 28x28 images in the format of MNIST")
+    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)
+    return pixels.view(count, 1, 28, 28)
+
+
+def find_images(place):
+    name = "train-images-idx3-ubyte"
+    # torchvision stores MNIST in MNIST/raw, and some downloads have a folder around each file.
+    for folder in (place, place / "MNIST" / "raw", place / name, place / f"{name}.gz"):
+        for path in (place, folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise InputError(f"{place} is no file, and contains neither {name} nor {name}.gz; say with "
+                     "--data where the images are")
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
-    parser.add_argument("--epochs", type=int, default=EPOCHS,
-                        help="total number of epochs (default: %(default)s, or that of the "
-                             "resumed run)")
-    parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE,
-                        help="images per step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE,
-                        help="learning rate of Adam, for both networks (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="random seed (default: %(default)s)")
-    parser.add_argument("--data",
-                        help="folder with images (default: MNIST, which comes with train.py)")
-    parser.add_argument("--out", default="out",
-                        help="folder for the files of the run (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue the run in --out, with its settings")
-    arguments = parser.parse_args()
-    if arguments.resume:
-        # Parse again, with the settings of the run as defaults. Only an option that the user typed
-        # can then differ from them. restore_checkpoint() rejects such a difference, except in
-        # --epochs.
-        settings = load_run(arguments.out).get("settings")
-        if isinstance(settings, dict) and settings.keys() <= vars(arguments).keys():
-            parser.set_defaults(**settings)
-            arguments = parser.parse_args()
-    if arguments.epochs < 1:
-        parser.error(f"--epochs {arguments.epochs}: use 1 or more")
-    if arguments.batch_size < 1:
-        parser.error(f"--batch-size {arguments.batch_size}: use 1 or more")
-    # Adam doubles the learning rate in its first step, and float32 ends at 3.4e38. NaN fails too.
-    if not 0 < arguments.lr < 1e38:
-        parser.error(f"--lr {arguments.lr}: use a number above 0 and below 1e38")
-    if not 0 <= arguments.seed < 2**63:
-        parser.error(f"--seed {arguments.seed}: use 0 to 2**63 - 1")
-    return arguments
-
-
-def how_to_continue(arguments):
-    checkpoint = Path(arguments.out) / "checkpoint.pt"
-    if not checkpoint.exists():
-        return "nothing was saved yet; run the same command again"
-    command = ["python", "train.py", "--resume", "--epochs", str(arguments.epochs),
-               "--device", arguments.device, "--out", arguments.out]
-    return f"continue with: {shlex.join(command)}"
+    # An option that is left out is not an argument of train(), which knows the defaults.
+    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.",
+                                     argument_default=argparse.SUPPRESS)
+    option = parser.add_argument
+    option("--epochs", type=int, help=f"total number of epochs (default: {DEFAULTS['epochs']})")
+    option("--device", help="auto (the default), cpu, cuda, cuda:1 or mps")
+    option("--batch-size", type=int, help=f"images per step (default: {DEFAULTS['batch_size']})")
+    option("--lr", type=float, help=f"Adam's learning rate (default: {DEFAULTS['lr']})")
+    option("--seed", type=int, help=f"random seed (default: {DEFAULTS['seed']})")
+    option("--data", help="folder or file with images (default: MNIST, which comes with train.py)")
+    option("--out", default="out", help="folder for the files of the run (default: out)")
+    option("--resume", action="store_true", help="continue the run in --out, with its settings")
+    return parser.parse_args()
 
 
 def main():
-    try:
-        arguments = parse_arguments()
-    except (OSError, InputError) as error:
-        sys.exit(f"train.py: {error}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C raises KeyboardInterrupt
+    arguments = parse_arguments()
+    out = arguments.out
     try:
         train(**vars(arguments))  # each option is an argument of train()
     except KeyboardInterrupt:
-        print(f"train.py: stopped; {how_to_continue(arguments)}", file=sys.stderr)
+        advice = "nothing was saved yet; run the same command again"
+        if (Path(out) / "checkpoint.pt").exists():
+            advice = (f"continue with: python train.py --resume --device {arguments.device} "
+                      f"--out {shlex.quote(out)}")
+        print(f"train.py: stopped; {advice}", file=sys.stderr)
         sys.exit(130)
     except (OSError, InputError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
-    out = arguments.out
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        sys.exit("train.py: not enough memory; try a smaller --batch-size, or --device cpu")
     print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. To draw digits: "
           f"python sample.py --checkpoint {shlex.quote(out + '/generator.pt')} --out grid.png")
 

@@ -53,16 +53,16 @@ EXPERIMENTS = {
          "average.load_state_dict(generator.state_dict())"),
     ],
     "longer running average": [
-        ("gan.py", "fraction = 40 / (step + 39)", "fraction = 10 / (step + 9)"),
+        ("gan.py", "AVERAGE_K = 40 ", "AVERAGE_K = 10 "),
     ],
     "learning rate 0.1": [
-        ("train.py", "LEARNING_RATE = 0.001 ", "LEARNING_RATE = 0.1 "),
+        ("train.py", '"lr": 0.001,', '"lr": 0.1,'),
     ],
     "real images from 0 to 1": [
-        ("train.py", "images[indices].float() / 127.5 - 1", "images[indices].float() / 255"),
+        ("gan.py", "pixels.float() / 127.5 - 1", "pixels.float() / 255"),
     ],
     "real images from 0 to 255": [
-        ("train.py", "images[indices].float() / 127.5 - 1", "images[indices].float()"),
+        ("gan.py", "pixels.float() / 127.5 - 1", "pixels.float()"),
     ],
     "category scale 100": [
         ("gan.py", "CATEGORY_SCALE = 4.0 ", "CATEGORY_SCALE = 100.0 "),
@@ -87,8 +87,8 @@ def prepare_training(device, images, bfloat16=False, channels_last=True, r1="in 
     generator = gan.Generator().to(device, memory_format=memory_format)
     discriminator = gan.Discriminator().to(device, memory_format=memory_format)
     average = copy.deepcopy(generator)
-    g_optimizer = gan.make_optimizer(generator, train.LEARNING_RATE)
-    d_optimizer = gan.make_optimizer(discriminator, train.LEARNING_RATE)
+    g_optimizer = gan.make_optimizer(generator, train.DEFAULTS["lr"])
+    d_optimizer = gan.make_optimizer(discriminator, train.DEFAULTS["lr"])
 
     def run(steps):
         for step in range(1, steps + 1):
@@ -97,8 +97,8 @@ def prepare_training(device, images, bfloat16=False, channels_last=True, r1="in 
                 step = 1
             if r1 == "in every step":
                 step = gan.R1_INTERVAL
-            indices = torch.randint(len(images), (train.BATCH_SIZE,), device=device)
-            real = to_input(images[indices])
+            indices = torch.randint(len(images), (train.DEFAULTS["batch_size"],), device=device)
+            real = gan.from_pixels(images[indices])
             # Autocast's cache would keep copies of D's weights, and G's update would use the copies
             # from before D's update.
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
@@ -135,7 +135,7 @@ def measure_speed(device, rounds):
             seconds[name].append(time.perf_counter() - started)
     first = seconds["as train.py does it"]
     for name, taken in seconds.items():
-        speed = gan.R1_INTERVAL * train.BATCH_SIZE / statistics.median(taken)
+        speed = gan.R1_INTERVAL * train.DEFAULTS["batch_size"] / statistics.median(taken)
         ratio = statistics.median(one / other for one, other in zip(first, taken))
         print(f"{name:30s} {speed:6.0f} images/s, {ratio:5.2f} times the speed of the first row")
     print(f"medians of {rounds} rounds")
@@ -159,7 +159,7 @@ class Classifier(nn.Module):
 
 
 def to_input(digits):
-    return digits.view(-1, 1, 28, 28).float() / 127.5 - 1
+    return gan.from_pixels(digits.view(-1, 1, 28, 28))
 
 
 def load_classifier(digits, labels, epochs=3):
@@ -271,10 +271,11 @@ class Scorer:
 
 
 def measure_quality(checkpoints):
+    generators = {path: load_generator(path) for path in checkpoints}
     scorer = Scorer()
     scorer.score_real_digits()
-    for path in checkpoints:
-        scorer.score_generated(path, sample_digits(load_generator(path), 10_000, seed=1))
+    for path, generator in generators.items():
+        scorer.score_generated(path, sample_digits(generator, 10_000, seed=1))
 
 
 def copy_program(folder):
@@ -347,7 +348,7 @@ def main():
     part.add_argument("checkpoints", nargs="*", help="checkpoint.pt or generator.pt files")
     part = parts.add_parser("experiments", help="edit the program, train, sample and score")
     part.add_argument("names", nargs="*", help=f"some of: {', '.join(EXPERIMENTS)} (default: all)")
-    part.add_argument("--epochs", type=int, default=train.EPOCHS,
+    part.add_argument("--epochs", type=int, default=train.DEFAULTS["epochs"],
                       help="number of epochs (default: %(default)s)")
     part.add_argument("--seeds", type=int, nargs="+", default=[0],
                       help="random seeds, one run for each (default: 0)")
@@ -363,16 +364,19 @@ def main():
     for name in getattr(arguments, "names", []):
         if name not in EXPERIMENTS:
             parser.error(f"unknown experiment {name!r}; choose from: {', '.join(EXPERIMENTS)}")
+    try:
+        if arguments.part == "speed":
+            measure_speed(gan.pick_device(arguments.device), arguments.rounds)
+        elif arguments.part == "quality":
+            measure_quality(arguments.checkpoints)
+        elif arguments.part == "mix":
+            mix(arguments.checkpoint, arguments.seed, arguments.out)
+        else:
+            run_experiments(arguments.names, arguments.epochs, arguments.seeds, arguments.out)
+    except (OSError, gan.InputError) as error:
+        sys.exit(f"benchmark.py: {error}")
     print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores")
-    if arguments.part == "speed":
-        measure_speed(gan.pick_device(arguments.device), arguments.rounds)
-    elif arguments.part == "quality":
-        measure_quality(arguments.checkpoints)
-    elif arguments.part == "mix":
-        mix(arguments.checkpoint, arguments.seed, arguments.out)
-    else:
-        run_experiments(arguments.names, arguments.epochs, arguments.seeds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import torch
 import benchmark
 import gan
 from conftest import real_images
+from gan import AVERAGE_K as K
 from gan import (LATENT_DIM, N_CATEGORIES, R1_GAMMA, R1_INTERVAL, Discriminator, Generator,
-                 adversarial_step, discriminator_loss, generate, generator_loss, make_optimizer,
-                 r1_penalty, sample_latent, update_average)
+                 adversarial_step, discriminator_loss, from_pixels, generate, generator_loss,
+                 make_optimizer, r1_penalty, sample_latent, to_pixels, update_average)
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def weights(network):
 
 def equal(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_grey_level_survives_the_way_to_the_range_of_tanh_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    images = from_pixels(levels)
+    assert images.min() == -1 and images.max() == 1
+    assert torch.equal(to_pixels(images), levels)
 
 
 def test_latent_is_a_one_hot_category_beside_normal_noise():
@@ -69,6 +77,37 @@ def test_losses_are_right_and_finite_however_certain_d_is(real, fake, d_loss, g_
     real, fake = torch.full((3,), real), torch.full((3,), fake)
     assert discriminator_loss(real, fake).item() == pytest.approx(d_loss)
     assert generator_loss(fake).item() == pytest.approx(g_loss)
+
+
+def test_a_step_worked_by_hand():
+    """D(x) and D(G(z)) come from logits whose sigmoids are fractions: 0 is 1/2, and log 3 is 3/4.
+
+    G's only weight is w, and every fake is w. D's only weight is v, and its logit is v times a
+    pixel. The learning rates are 1, and v = w = log 3, so both updates can be done on paper.
+    """
+    class Weight(torch.nn.Module):
+        def __init__(self, value, forward):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(value))
+            self.forward = lambda inputs: forward(self.value, inputs)
+
+    log3 = math.log(3)
+    generator = Weight(log3, lambda w, z: w.expand(len(z), 1, 1, 1))
+    discriminator = Weight(1.0, lambda v, images: v * images.flatten())
+    real = torch.zeros(4, 1, 1, 1)
+    losses = adversarial_step(generator, discriminator, sgd(generator, lr=1),
+                              sgd(discriminator, lr=1), real, step=1)
+    # Before D's update, the logit of a real image is 0 and that of a fake is log 3.
+    assert losses["d_real"].item() == pytest.approx(1 / 2)
+    assert losses["d_fake"].item() == pytest.approx(3 / 4)
+    assert losses["d_loss"].item() == pytest.approx(-math.log(1 / 2) - math.log(1 / 4))
+    # d_loss has the slope 3/4 with respect to a fake's logit, which is v * log 3.
+    v = 1 - 3 / 4 * log3
+    assert discriminator.value.item() == pytest.approx(v)
+    # G's loss is -log sigmoid(v w). Its slope with respect to w is -(1 - sigmoid(v w)) * v.
+    d_fake = 1 / (1 + math.exp(-v * log3))
+    assert losses["g_loss"].item() == pytest.approx(-math.log(d_fake))
+    assert generator.value.item() == pytest.approx(log3 + (1 - d_fake) * v)
 
 
 def test_generator_has_a_gradient_where_the_discriminator_is_certain():
@@ -141,7 +180,9 @@ def test_step_equals_a_direct_computation(networks, step):
         descend(g_long, g_loss)
 
         expected = torch.stack([d_loss, g_loss, d_real.mean(), d_fake.mean()]).float()
-        torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+        assert list(losses) == ["d_loss", "g_loss", "d_real", "d_fake"]
+        torch.testing.assert_close(torch.stack(list(losses.values())), expected,
+                                   rtol=1e-3, atol=1e-4)
         for network, long_way in ((generator, g_long), (discriminator, d_long)):
             for weight, expected in zip(weights(network), weights(long_way), strict=True):
                 torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
@@ -156,7 +197,7 @@ def test_step_neither_reads_a_value_nor_makes_a_tensor_on_another_device(step):
     optimizers = make_optimizer(generator, 0.001), make_optimizer(discriminator, 0.001)
     losses = adversarial_step(generator, discriminator, *optimizers, real, step)
     update_average(average, generator, 5)
-    assert losses.is_meta and losses.shape == (4,)
+    assert all(loss.is_meta and loss.shape == () for loss in losses.values())
 
 
 def test_r1_penalty_of_a_linear_discriminator_is_its_squared_slope():
@@ -176,8 +217,8 @@ def test_average_is_the_weighted_mean_of_all_generators_so_far(networks):
         update_average(average, generator, step)
     shares = []
     for step in range(1, 21):
-        later = math.prod(1 - 40 / (other + 39) for other in range(step + 1, 21))
-        shares.append(40 / (step + 39) * later)
+        later = math.prod(1 - K / (other + K - 1) for other in range(step + 1, 21))
+        shares.append(K / (step + K - 1) * later)
     assert sum(shares) == pytest.approx(1)
     for name, mean in average.state_dict().items():
         if mean.is_floating_point():

@@ -58,15 +58,16 @@ def test_growing_log_is_plotted_without_a_display(log):
 
 @pytest.mark.parametrize("end", ["1", "5,500", "5,500,1.3,0.7,0.5,0.4", "5,500,1.3,,"])
 def test_row_that_is_still_being_written_is_left_out(log, end):
-    complete = plot_losses.read_log(log)
-    assert complete["step"] == list(range(20, 401, 20)) and complete["d_fake"][0] == 0.48
     log.write_text(HEADER + "".join(ROWS) + end)
-    assert plot_losses.read_log(log) == complete
+    read = plot_losses.read_log(log)
+    assert list(read["step"]) == list(range(20, 401, 20)) and read["d_fake"][0] == 0.48
 
 
-def test_smoothing_is_the_mean_of_the_neighbours():
-    assert plot_losses.smooth([1, 2, 6, 3], 0) == [1, 2, 6, 3]
-    assert plot_losses.smooth([1, 2, 6, 3], 1) == [1.5, 3, 11 / 3, 4.5]
+@pytest.mark.parametrize("radius", [0, 1, 2, 20])
+def test_smoothing_is_the_mean_of_the_neighbours(radius):
+    values = numpy.random.default_rng(0).random(9)
+    means = [values[max(0, i - radius):i + radius + 1].mean() for i in range(9)]
+    assert plot_losses.smooth(values, radius) == pytest.approx(means)
 
 
 @pytest.mark.parametrize("form, start", [("svg", b"<?xml"), ("pdf", b"%PDF"), ("PNG", b"\x89PNG")])
@@ -84,17 +85,17 @@ def test_log_of_a_training_that_diverged_is_plotted(cli, log):
 
 @pytest.mark.parametrize("content, word", [
     (None, "losses.csv"),
-    (b"", "first line"),
+    (b"", "no rows"),
     (HEADER.encode(), "no rows"),
-    (b"epoch,step,loss\n1,20,1.3\n", "first line"),
-    ((HEADER + "Once upon a time, in a loss, far, far, away\n").encode(), "line 2"),
-    ((HEADER + ROWS[0] + "1,40,1.3,0.7\n").encode(), "line 3"),
-    ((HEADER + ROWS[0] + "1,40,1.3,0.7,0.5,0.5,0.5\n").encode(), "line 3"),
-    ((HEADER + ROWS[0] + "\n" + ROWS[1]).encode(), "line 3"),
-    ((HEADER + ROWS[0] + "x" * 200_000 + "\n").encode(), "line 3"),
-    ((HEADER + "0,0,1.3,0.7,0.5,0.5\n").encode(), "1 or more"),
-    ((HEADER + "nan,20,1.3,0.7,0.5,0.5\n").encode(), "1 or more"),
-    (bytes(range(256)), "text"),
+    (b"epoch,step,loss\n1,20,1.3\n", "d_loss"),
+    ((HEADER + "Once upon a time, in a loss, far, far, away\n").encode(), "Once upon a time"),
+    ((HEADER + ROWS[0] + "1,40,1.3,0.7\n").encode(), "columns"),
+    ((HEADER + "1,40,1.3,0.7,0.5,0.5,0.5\n").encode(), "zip"),
+    ((HEADER + ROWS[0] + "x" * 200_000 + "\n").encode(), "columns"),
+    ((HEADER + "x" * 200_000 + "\n").encode(), "xxx"),
+    ((HEADER + "\n\n").encode(), "no rows"),
+    ("".join([HEADER, *ROWS]).encode("utf-16"), "utf-8"),
+    (bytes(range(256)), "utf-8"),
 ], ids=range(12))
 def test_file_that_is_no_loss_log_is_one_line(cli, log, content, word):
     log.unlink()
@@ -104,6 +105,13 @@ def test_file_that_is_no_loss_log_is_one_line(cli, log, content, word):
     line = complaint(cli(plot_losses, "--csv", log, "--out", log.with_name("plot.png")))
     assert str(log) in line and word in line and len(line) < 300
     assert contents(log.parent) == before
+
+
+@pytest.mark.parametrize("options", [["--csv", "."], ["--csv", ""], ["--csv", ".", "--out", ""]])
+def test_folder_in_the_place_of_a_log_is_one_line(cli, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    complaint(cli(plot_losses, *options))
+    assert not contents(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plot", "plot.npy", "losses.csv/plot.png", "folder.png"])

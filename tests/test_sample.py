@@ -1,5 +1,8 @@
 """Sampling: the same seed gives the same digits, whatever else is generated with them."""
+import copy
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmark
 import sample
 import train
 from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx
-from gan import Generator
+from gan import N_CATEGORIES, Generator, generate, sample_latent
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +43,56 @@ def test_same_seed_gives_the_same_digits_and_another_seed_others(generator):
 def test_digit_does_not_depend_on_how_many_are_generated(generator, count):
     many = sample.sample_digits(generator, 250)
     assert torch.equal(sample.sample_digits(generator, count), many[:count])
+
+
+def test_category_is_the_same_for_all_digits_and_their_noise_is_as_without_it(generator):
+    z = sample.draw_latents(7, seed=3)
+    one = sample.draw_latents(7, seed=3, category=4)
+    assert torch.equal(one[:, N_CATEGORIES:], z[:, N_CATEGORIES:])
+    assert (one[:, :N_CATEGORIES].argmax(dim=1) == 4).all()
+    same = z[:, 4] > 0  # these digits have the category 4 anyway
+    assert torch.equal(one[same], z[same]) and 0 < same.sum() < len(z)
+    assert torch.equal(sample.sample_digits(generator, 7, 3, category=4),
+                       generate(generator, one)[:7])
+
+
+@pytest.mark.parametrize("name", ["grid.png", "walk.gif", "digits.npy"])
+def test_category_works_for_every_kind_of_output(cli, checkpoint, name):
+    options = ["--count", 3, "--checkpoint", checkpoint, "--out", name]
+    pictures = []
+    for category in (0, 9):
+        assert cli(sample, *options, "--category", category)[0] == 0
+        pictures.append(Path(name).read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_bare_command_draws_grid_png(cli):
+    assert cli(sample)[0] == 0
+    assert list(contents(".")) == [Path("grid.png")]
+
+
+def test_loaded_generator_is_ready_to_use_and_using_it_changes_nothing(checkpoint):
+    network = sample.load_generator(checkpoint)
+    before = copy.deepcopy(network.state_dict())
+    with torch.no_grad():
+        network(sample_latent(9))
+    assert not network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_running_a_script_in_a_session_leaves_ctrl_c_alone(monkeypatch, checkpoint, data):
+    handler = signal.getsignal(signal.SIGINT)
+    for command in (f"sample.py --checkpoint {checkpoint}",
+                    f"train.py --epochs 1 --batch-size 51 --device cpu --data {data}",
+                    "plot_losses.py"):
+        script, *options = command.split()
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_benchmark_looks_at_the_files_before_it_trains_a_classifier(cli):
+    assert "nofile.pt" in complaint(cli(benchmark, "quality", "nofile.pt"))
 
 
 def test_numpy_file_holds_the_digits(cli, checkpoint, generator):
@@ -125,6 +179,9 @@ def test_cells_of_the_readme_run_in_a_notebook(monkeypatch, tmp_path):
     ("--count 2.5", "2.5"),
     ("--count 100001", "100000"),
     ("--out walk.gif --count 401", "400"),
+    ("--category 10", "--category"),
+    ("--category -1", "0 to 9"),
+    ("--category three", "three"),
     ("--seed -1", "--seed"),
     ("--seed 99999999999999999999", "--seed"),
     ("--device tpu", "tpu"),

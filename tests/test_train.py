@@ -1,22 +1,24 @@
 """Training runs: what they write, how they stop and continue, and what data they read."""
 import gzip
 import math
+import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 
 import train
 from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx
+from gan import InputError, from_pixels
 from plot_losses import COLUMNS, read_log
 
 STEPS = 25  # per epoch: 102 images in batches of 4
@@ -77,21 +79,30 @@ def test_run_writes_its_files(straight):
     out, process = straight
     assert process.returncode == 0
     assert {str(path.relative_to(out)) for path in contents(out)} == {
-        "checkpoint.pt", "generator.pt", "losses.csv", "losses.png",
+        "checkpoint.pt", "generator.pt", "losses.csv", "losses.png", "samples/epoch_0000.png",
         "samples/epoch_0001.png", "samples/epoch_0002.png", "samples/epoch_0003.png"}
     log = read_log(out / "losses.csv")
+    assert list(log) == list(COLUMNS)
     assert list(zip(log["epoch"], log["step"])) == [
         (1, 20), (1, 25), (2, 45), (2, 50), (3, 70), (3, 75)]
-    assert Image.open(out / "samples" / "epoch_0001.png").size == (242, 242)  # 8 by 8 digits
+    for path in out.glob("samples/*"):
+        assert Image.open(path).size == (242, 242)  # 8 by 8 digits
 
 
-def test_run_prints_a_line_for_each_epoch_and_no_bar_into_a_pipe(straight):
+def test_run_says_what_it_trains_and_prints_the_means_of_each_epoch(straight):
     out, process = straight
-    lines = process.stdout.splitlines()
-    assert process.stderr == "" and len(lines) == 4
-    for epoch, line in enumerate(lines[:3], start=1):
-        assert re.fullmatch(rf"epoch {epoch}/3: d_loss .*, g_loss .*, \d+ images/s", line)
-    assert "sample.py --checkpoint" in lines[3] and str(out) in lines[3]
+    first, *epochs, last = process.stdout.splitlines()
+    assert process.stderr == "" and len(epochs) == 3
+    assert all(word in first for word in ("cpu", "238,529", "205,713", "3 epochs of 25 steps"))
+    log = read_log(out / "losses.csv")
+    for epoch, line in enumerate(epochs, start=1):
+        shown = re.fullmatch(rf"epoch {epoch}/3: d_loss (.*), g_loss (.*), D\(x\) (.*), "
+                             r"D\(G\(z\)\) (.*), \d+ images/s", line).groups()
+        for name, mean in zip(COLUMNS[2:], shown):
+            row = 2 * epoch - 2  # of the two rows of an epoch, one is the mean of 20 steps
+            expected = (20 * log[name][row] + 5 * log[name][row + 1]) / 25
+            assert float(mean) == pytest.approx(expected, abs=0.006)
+    assert "sample.py --checkpoint" in last and str(out) in last
 
 
 def test_terminal_shows_a_bar_with_speed_time_left_and_losses(cli, data, tmp_path, monkeypatch):
@@ -115,12 +126,13 @@ def test_epoch_shows_each_image_once_in_the_range_of_tanh_and_logs_mean_losses(
     def adversarial_step(*arguments):
         batches.append(arguments[-2].clone())
         steps.append(arguments[-1])
-        losses.append(original(*arguments))
-        return losses[-1]
+        result = original(*arguments)
+        losses.append(torch.stack(list(result.values())))
+        return result
 
     monkeypatch.setattr(train, "adversarial_step", adversarial_step)
     train.train(epochs=2, device="cpu", batch_size=4, data=data, out=tmp_path / "out")
-    images = train.load_images(data).float() / 127.5 - 1
+    images = from_pixels(train.load_images(data))
     orders = []
     for epoch in (batches[:STEPS], batches[STEPS:]):
         shown = torch.cat(epoch)
@@ -193,21 +205,6 @@ def test_ctrl_c_before_the_training_says_that_nothing_is_saved(cli, tmp_path, mo
     assert not contents(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["train.py --out out", "sample.py --out digits.npy"])
-def test_ctrl_c_while_pytorch_is_loading_shows_no_traceback(tmp_path, command):
-    script, *options = command.split()
-    # -X importtime prints the name of each module when it is loaded.
-    command = [sys.executable, "-X", "importtime", ROOT / script, *options]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "torch" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate()[1]
-    assert process.returncode == -signal.SIGINT and "Traceback" not in rest
-    assert not contents(tmp_path)
-
-
 def test_killed_process_continues_as_if_it_had_never_been_stopped(data, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "train.py", "--epochs", "5000", "--data", data, "--out", out]
@@ -242,13 +239,14 @@ def test_folder_that_holds_a_run_is_not_overwritten(cli, data, short, kept):
     ("--batch-size 8", ["--batch-size 8", "--batch-size 4"]),
     ("--lr 0.5", ["--lr 0.5", "--lr 0.001"]),
     ("--seed 77", ["--seed 77", "--seed 0"]),
-    ("--data elsewhere", ["elsewhere"]),
+    ("--data other", ["other images", "--data"]),
     ("--epochs 2", ["--epochs 2", "3"]),
 ])
-def test_resuming_refuses_what_contradicts_the_run(cli, straight, tmp_path, data, options, words):
+def test_resuming_refuses_what_contradicts_the_run(
+        cli, straight, tmp_path, monkeypatch, options, words):
     out = shutil.copytree(straight[0], tmp_path / "out")
-    shutil.copytree(data, tmp_path / "elsewhere")
-    options = options.replace("elsewhere", str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    Path("other").write_bytes(idx(blobs(103)[1:]))  # as many images, but not the same
     before = contents(out)
     line = complaint(cli(train, "--resume", "--out", out, *options.split()))
     assert all(word in line for word in words)
@@ -260,9 +258,104 @@ def test_resuming_accepts_the_same_settings_again(cli, short, data):
     assert cli(train, "--resume", "--out", short, *options)[0] == 0
 
 
+def test_run_whose_images_have_moved_goes_on_once_it_is_told_where_they_are(
+        cli, data, tmp_path, straight):
+    images = Path(shutil.copytree(data, tmp_path / "d"))
+    out = tmp_path / "out"
+    assert cli(train, "--epochs", 1, "--data", images, "--out", out, *SMALL)[0] == 0
+    images.rename(tmp_path / "e")
+    options = ["--resume", "--epochs", 3, "--out", out, "--device", "cpu"]
+    assert "--data" in complaint(cli(train, *options))
+    assert cli(train, *options, "--data", tmp_path / "e")[0] == 0
+    assert (out / "losses.csv").read_bytes() == (straight[0] / "losses.csv").read_bytes()
+    assert cli(train, "--resume", "--epochs", 4, "--out", out, "--device", "cpu")[0] == 0
+
+
+def test_notebook_resumes_with_the_settings_of_the_run(data, tmp_path, straight):
+    lr = numpy.float64(0.001)  # an element of an array
+    train.train(epochs=1, device="cpu", batch_size=4, lr=lr, data=data, out=tmp_path)
+    train.train(epochs=3, device="cpu", out=tmp_path, resume=True)
+    assert_same_run(tmp_path, straight[0])
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ({"epochs": 0}, "epochs"),
+    ({"batch_size": 0}, "batch"),
+    ({"lr": -1.0}, "lr"),
+    ({"seed": 2**63}, "seed"),
+    ({"out": ""}, "out"),
+])
+def test_notebook_is_told_of_bad_arguments_and_nothing_is_written(
+        tmp_path, monkeypatch, data, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=word):
+        train.train(**{"data": data, "batch_size": 4, "device": "cpu"} | arguments)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda log: log.unlink(),
+    lambda log: log.write_bytes(b""),
+    lambda log: log.write_text("epoch;step\n"),
+    lambda log: log.write_text(log.read_text(), encoding="utf-16"),
+], ids=["deleted", "emptied", "rewritten", "in another encoding"])
+def test_log_that_is_changed_in_mid_run_is_put_right(
+        cli, data, tmp_path, straight, monkeypatch, change):
+    out = tmp_path / "out"
+    at_step(monkeypatch, 2 * STEPS + 3, lambda _: change(out / "losses.csv"))
+    status, _, err = cli(train, "--epochs", 3, "--data", data, "--out", out, *SMALL)
+    assert (status, err) == (0, "")
+    assert_same_run(out, straight[0])
+    assert (out / "losses.png").read_bytes() == (straight[0] / "losses.png").read_bytes()
+
+
+@pytest.mark.parametrize("error", [ImportError("no matplotlib"), MemoryError(), KeyError("font")])
+def test_plot_that_cannot_be_drawn_costs_one_line(cli, short, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "plot", fail)
+    status, out, err = cli(train, "--resume", "--out", short)
+    assert (status, err) == (0, "")
+    assert "was not drawn" in out and f"plot_losses.py --csv {short}" in out
+    assert "the run is complete" in out
+
+
+def test_run_and_plot_under_a_notebooks_backend_that_is_not_installed(data, tmp_path):
+    environment = os.environ | {"MPLBACKEND": "module://no_such.backend"}
+    command = ["train.py", "--epochs", "1", "--data", data, "--out", "out"]
+    for command in (command + SMALL, ["plot_losses.py", "--csv", "out/losses.csv"]):
+        process = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path,
+                                 env=environment, capture_output=True, text=True)
+        assert (process.returncode, process.stderr) == (0, "")
+    assert (tmp_path / "out" / "losses.png").exists()
+
+
+def test_of_two_processes_only_one_gets_the_folder(data, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--epochs", "1", "--data", data, "--out", "out"]
+    pair = [subprocess.Popen(command + SMALL, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 1]
+    assert "already holds a run" in max(errors) and max(errors).count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(cli, data, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "adversarial_step", fail)
+    status, _, err = cli(train, "--data", data, "--out", tmp_path / "out", *SMALL)
+    assert status == 1 and "--batch-size" in err and err.count("\n") == 1
+
+
 def test_losses_that_are_not_finite_stop_the_run(cli, data, tmp_path):
-    line = complaint(cli(train, "--lr", "1e30", "--data", data, "--out", tmp_path / "out", *SMALL))
-    assert "diverged in epoch 1" in line and "--lr" in line
+    status, _, err = cli(train, "--lr", "1e30", "--data", data, "--out", tmp_path / "out", *SMALL)
+    assert status == 1 and err.count("\n") == 1
+    assert "diverged in epoch 1" in err and "--lr" in err
     # The run stops at the first row, not at the end of the epoch.
     assert (tmp_path / "out" / "losses.csv").read_text().count("\n") == 2
 
@@ -304,15 +397,6 @@ def test_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(cli, short, how
     assert contents(short) == before
 
 
-@pytest.mark.parametrize("edited", [None, b"epoch,step\n"])
-def test_log_that_was_edited_or_deleted_is_restored(cli, short, straight, edited):
-    (short / "losses.csv").unlink()
-    if edited is not None:
-        (short / "losses.csv").write_bytes(edited)
-    assert cli(train, "--resume", "--epochs", 3, "--out", short, "--device", "cpu")[0] == 0
-    assert_same_run(short, straight[0])
-
-
 @pytest.mark.parametrize("options, word", [
     ("--epochs 0", "--epochs"),
     ("--epochs 1.5", "1.5"),
@@ -329,6 +413,7 @@ def test_log_that_was_edited_or_deleted_is_restored(cli, short, straight, edited
     ("--device cuda:99", "cuda:99"),
     ("--out file/run", "file"),
     ("--out file", "file"),
+    ("--out=", "--out"),
     ("--data file", "file"),
     ("--data nowhere", "nowhere"),
     ("--resume", "leave --resume out"),
@@ -354,25 +439,29 @@ def test_shipped_data_set_is_mnist_and_needs_no_network(monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", [
     "train-images-idx3-ubyte",
     "train-images-idx3-ubyte.gz",
     "MNIST/raw/train-images-idx3-ubyte",
     "MNIST/raw/train-images-idx3-ubyte.gz",
+    "train-images-idx3-ubyte/train-images-idx3-ubyte",  # some downloads have such a folder
 ])
-def test_images_are_found_compressed_or_not_and_nothing_is_written(tmp_path, name):
+def test_images_are_found_compressed_or_not_and_nothing_is_written(tmp_path, name, compressed):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     content = idx(blobs(3))
-    if path.suffix == ".gz":
+    if compressed:
         content = gzip.compress(content)
     path.write_bytes(content)
-    assert torch.equal(train.load_images(tmp_path), blobs(3).unsqueeze(1))
+    for place in (tmp_path, path):  # a file may be given as well as its folder
+        assert torch.equal(train.load_images(place), blobs(3).unsqueeze(1))
     assert contents(tmp_path) == {path: content}
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"This is no archive.", gzip.compress(idx(blobs(9)))[:-9], gzip.compress(b"No images.")])
+    b"", b"This is no archive.", gzip.compress(idx(blobs(9)))[:-9], gzip.compress(b"No images.")],
+    ids=["empty", "text", "truncated", "no images"])
 def test_damaged_archive_is_named(cli, tmp_path, content):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(content)
@@ -403,4 +492,4 @@ def test_training_on_cuda_can_be_resumed(cli, data, tmp_path):
     assert cli(train, "--epochs", 1, "--batch-size", 4, *options)[0] == 0
     assert cli(train, "--epochs", 2, "--resume", *options)[0] == 0
     log = read_log(tmp_path / "losses.csv")
-    assert log["step"] == [20, 25, 45, 50] and all(map(math.isfinite, log["g_loss"]))
+    assert list(log["step"]) == [20, 25, 45, 50] and numpy.isfinite(log["g_loss"]).all()
