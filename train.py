@@ -110,7 +110,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     try:
         plot(out / "losses.csv", out / "losses.png")
     except Exception as error:  # whatever is wrong with matplotlib, the run is complete
-        reason = str(error).partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(f"{out}/losses.png was not drawn ({reason}); draw it later with: "
               f"python plot_losses.py --csv {shlex.quote(str(out / 'losses.csv'))}", flush=True)
     return average
@@ -290,12 +290,11 @@ def find_images(place):
 
 
 def parse_arguments():
-    # An option that is left out is not an argument of train(), which knows the defaults.
-    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.",
-                                     argument_default=argparse.SUPPRESS)
+    # An option that is left out is None here. train() knows the defaults.
+    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
     option = parser.add_argument
     option("--epochs", type=int, help=f"total number of epochs (default: {DEFAULTS['epochs']})")
-    option("--device", help="auto (the default), cpu, cuda, cuda:1 or mps")
+    option("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 or mps")
     option("--batch-size", type=int, help=f"images per step (default: {DEFAULTS['batch_size']})")
     option("--lr", type=float, help=f"Adam's learning rate (default: {DEFAULTS['lr']})")
     option("--seed", type=int, help=f"random seed (default: {DEFAULTS['seed']})")

@@ -205,6 +205,16 @@ def test_ctrl_c_before_the_training_says_that_nothing_is_saved(cli, tmp_path, mo
     assert not contents(tmp_path)
 
 
+def test_ctrl_c_in_a_run_that_began_without_options_says_how_to_continue(
+        cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/checkpoint.pt").touch()
+    monkeypatch.setattr(train, "train", lambda **_: press_ctrl_c())
+    status, _, err = cli(train)
+    assert status == 130 and "train.py --resume --device auto --out out" in err
+
+
 def test_killed_process_continues_as_if_it_had_never_been_stopped(data, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "train.py", "--epochs", "5000", "--data", data, "--out", out]
