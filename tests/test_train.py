@@ -333,9 +333,9 @@ def test_plot_that_cannot_be_drawn_costs_one_line(cli, short, monkeypatch, error
 
 def test_run_and_plot_under_a_notebooks_backend_that_is_not_installed(data, tmp_path):
     environment = os.environ | {"MPLBACKEND": "module://no_such.backend"}
-    command = ["train.py", "--epochs", "1", "--data", data, "--out", "out"]
-    for command in (command + SMALL, ["plot_losses.py", "--csv", "out/losses.csv"]):
-        process = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path,
+    training = ["train.py", "--epochs", "1", "--data", data, "--out", "out", *SMALL]
+    for script, *options in (training, ["plot_losses.py", "--csv", "out/losses.csv"]):
+        process = subprocess.run([sys.executable, ROOT / script, *options], cwd=tmp_path,
                                  env=environment, capture_output=True, text=True)
         assert (process.returncode, process.stderr) == (0, "")
     assert (tmp_path / "out" / "losses.png").exists()
