@@ -249,14 +249,14 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     # backward() would run on through G, and free the graph of `fake` that G's update still needs.
     fake_logits = discriminator(fake.detach())                                # (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
-    loss = d_loss
+    penalty = 0.0
     if step % R1_INTERVAL == 0:
         # The penalty takes nearly as long as the rest of the step. Adding it in one of R1_INTERVAL
         # steps, with R1_INTERVAL times the weight, has about the same effect ("lazy
         # regularization", Karras et al. 2020, arxiv.org/abs/1912.04958, section 3.1).
-        loss = d_loss + R1_INTERVAL * r1_penalty(discriminator, real)
+        penalty = R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
-    loss.backward()
+    (d_loss + penalty).backward()
     d_optimizer.step()
 
     # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. The same fakes can be used
@@ -292,11 +292,13 @@ def update_average(average, generator, step):
     # so far has 98 % of the weight. The usual exponential average has a constant fraction, which
     # must be chosen to suit the length of the run.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
-    newest = generator.state_dict()
-    # The running statistics of batch norm are averaged too, so that they fit the averaged weights.
-    for name, averaged in average.state_dict().items():
-        if averaged.is_floating_point():  # skips num_batches_tracked, an integer
-            averaged.lerp_(newest[name], fraction)
+    # The buffers are the running statistics of batch norm. They are averaged too, so that they fit
+    # the averaged weights.
+    olds = [*average.parameters(), *average.buffers()]
+    news = [*generator.parameters(), *generator.buffers()]
+    for old, new in zip(olds, news):
+        if old.is_floating_point():  # num_batches_tracked is an integer and is not used
+            old.lerp_(new, fraction)
 
 
 @torch.no_grad()

@@ -88,13 +88,12 @@ def read_log(path):
         if not any(lines[1:]):
             raise ValueError("it has no rows yet; try again later")
         table = numpy.loadtxt(lines[1:], delimiter=",", ndmin=2)
-        log = dict(zip(lines[0].split(","), table.T, strict=True))
-        for name in COLUMNS:
-            if name not in log:
-                raise ValueError(f"its first line does not name a column {name}")
+        names = lines[0].split(",")
+        if not set(COLUMNS) <= set(names) or len(names) != table.shape[1]:
+            raise ValueError(f"its first line does not name the columns {', '.join(COLUMNS)}")
     except ValueError as error:
         raise ValueError(f"{path} cannot be plotted: {str(error)[:150]}") from None
-    return log
+    return dict(zip(names, table.T))
 
 
 def main():
@@ -114,7 +113,7 @@ def main():
         parser.error(f"--out {out}: the name must end in .png, .svg or .pdf")
     try:
         plot(arguments.csv, out)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"plot_losses.py: {error}")
     print(f"{out}: wrote the plot of {arguments.csv}")
 

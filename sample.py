@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -57,8 +58,8 @@ def draw_latents(count, seed, category=None):
                for _ in range(0, count, DIGITS_PER_BATCH)]
     z = torch.cat(batches)
     if category is not None:
-        z[:, :N_CATEGORIES] = 0
-        z[:, category] = CATEGORY_SCALE
+        one_hot = F.one_hot(torch.tensor(category), N_CATEGORIES)
+        z[:, :N_CATEGORIES] = CATEGORY_SCALE * one_hot
     return z
 
 
@@ -156,20 +157,19 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     out = Path(arguments.out)
-    what = arguments.count, arguments.seed, arguments.category
+    count, seed, category = arguments.count, arguments.seed, arguments.category
     try:
         generator = load_generator(arguments.checkpoint, pick_device(arguments.device))
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix.lower() == ".gif":
-            save_animation(interpolate(generator, *what), out)
+            save_animation(interpolate(generator, count, seed, category), out)
         elif out.suffix.lower() == ".npy":
-            save_array(sample_digits(generator, *what), out)
+            save_array(sample_digits(generator, count, seed, category), out)
         else:
-            save_grid(sample_digits(generator, *what), out)
+            save_grid(sample_digits(generator, count, seed, category), out)
     except (OSError, InputError) as error:
         sys.exit(f"sample.py: {error}")
-    print(f"{out}: wrote {arguments.count} digits from the generator in {arguments.checkpoint}, "
-          f"seed {arguments.seed}")
+    print(f"{out}: wrote {count} digits from the generator in {arguments.checkpoint}, seed {seed}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ and read the command line.
 import argparse
 import copy
 import gzip
-import hashlib
 import io
+import math
 import os
+import re
 import shlex
 import struct
 import sys
@@ -33,8 +34,6 @@ DEFAULTS = {
     "data": "",    # SHIPPED_DATA, wherever this repository is
 }
 LOG_EVERY = 20     # the number of steps that a row of losses.csv averages
-OTHER_VERSION = ("cannot be resumed: it is only a generator.pt, or it was saved by another or an "
-                 "edited version of this program")
 
 
 def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=None, out="out",
@@ -48,9 +47,11 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     Raises InputError for unsuitable arguments and files, OSError for files that cannot be read or
     written, and FloatingPointError if the training diverges.
     """
+    if data is not None:
+        data = str(Path(data).resolve())  # absolute, so that --resume works in any folder
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "data": data}
     device = pick_device(device)
-    settings, images, checkpoint = open_run(out, given, resume)
+    settings, images, checkpoint = read_settings(out, given, resume)
     epochs, batch_size, seed = settings["epochs"], settings["batch_size"], settings["seed"]
     images = images.to(device)                                        # uint8 (60000, 1, 28, 28)
     steps_per_epoch = len(images) // batch_size  # images that do not fill a batch are left out
@@ -63,7 +64,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     d_optimizer = make_optimizer(discriminator, settings["lr"])
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    out, epochs_done, log = start_run(out, checkpoint, parts)
+    out, epochs_done, log = claim_or_restore(out, checkpoint, parts)
     fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
     # Save now, so that a run that stops in its first epoch can be resumed, and so that a new
     # --epochs or --data is kept. epoch_0000.png shows what G draws before it has learned.
@@ -77,32 +78,29 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         first_step = (epoch - 1) * steps_per_epoch + 1
-        last_step = epoch * steps_per_epoch
-        unlogged, logged = [], []  # the losses of each step of this epoch
+        losses = []
         started = time.perf_counter()
         # disable=None hides the bar if stderr is not a terminal.
         bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
                    disable=None)
         for step, indices in enumerate(bar, start=first_step):
             real = from_pixels(images[indices])                       # (batch_size, 1, 28, 28)
-            losses = adversarial_step(
-                generator, discriminator, g_optimizer, d_optimizer, real, step)
+            losses.append(adversarial_step(
+                generator, discriminator, g_optimizer, d_optimizer, real, step))
             update_average(average, generator, step)
 
-            unlogged.append(losses)
-            if len(unlogged) == LOG_EVERY or step == last_step:
-                means = mean_losses(unlogged)
-                log = add_row(log, out / "losses.csv", epoch, step, means)
-                check_finite(epoch, [torch.tensor(list(means.values()))])
+            if len(losses) % LOG_EVERY == 0 or len(losses) == steps_per_epoch:
+                start_of_row = (len(losses) - 1) // LOG_EVERY * LOG_EVERY
+                means = mean_losses(losses[start_of_row:])
+                log = add_row(log, epoch, step, means)
+                (out / "losses.csv").write_text(log)
+                check_finite(epoch, means, [*generator.parameters(), *discriminator.parameters()])
                 bar.set_postfix_str(f"d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f}",
                                     refresh=False)
-                logged += unlogged
-                unlogged = []
 
-        check_finite(epoch, [*generator.parameters(), *discriminator.parameters()])
         speed = len(order) / (time.perf_counter() - started)
         save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
-        means = mean_losses(logged)
+        means = mean_losses(losses)
         print(f"epoch {epoch}/{epochs}: d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f},"
               f" D(x) {means['d_real']:.2f}, D(G(z)) {means['d_fake']:.2f}, {speed:.0f} images/s",
               flush=True)
@@ -110,8 +108,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     try:
         plot(out / "losses.csv", out / "losses.png")
     except Exception as error:  # whatever is wrong with matplotlib, the run is complete
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        print(f"{out}/losses.png was not drawn ({reason}); draw it later with: "
+        print(f"{out}/losses.png was not drawn ({error!r}); draw it later with: "
               f"python plot_losses.py --csv {shlex.quote(str(out / 'losses.csv'))}", flush=True)
     return average
 
@@ -139,13 +136,21 @@ def mean_losses(steps):
     return dict(zip(names, means.tolist()))
 
 
-def check_finite(epoch, tensors):
-    for tensor in tensors:
-        if not tensor.isfinite().all():
-            raise FloatingPointError(
-                f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
-                "checkpoint of the previous epoch is kept. Begin a new run with a lower --lr and "
-                "another --out")
+def add_row(log, epoch, step, means):
+    """Add a row of mean losses to the log, the text of losses.csv. Returns the new text."""
+    if not log:
+        log = ",".join(["epoch", "step", *means]) + "\n"
+    return log + ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())]) + "\n"
+
+
+def check_finite(epoch, means, weights):
+    """Stop a run whose losses or weights are infinite or NaN, before they reach a checkpoint."""
+    finite = [weight.isfinite().all() for weight in weights]
+    if not all(map(math.isfinite, means.values())) or not torch.stack(finite).all():
+        raise FloatingPointError(
+            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
+            "checkpoint of the previous epoch is kept. Begin a new run with a lower --lr and "
+            "another --out")
 
 
 def require(condition, message):
@@ -153,41 +158,41 @@ def require(condition, message):
         raise InputError(message)
 
 
-def open_run(out, given, resume):
+def read_settings(out, given, resume):
     """Return the settings of a run, its images, and the checkpoint to resume (None for a new run).
 
-    given: the settings that the user chose. The others are None.
+    given: the settings that the user chose. The others are None. Writes nothing.
     """
-    if given["data"] is not None:
-        given["data"] = Path(given["data"]).resolve()  # so that --resume works in any folder
-    # The type of the default turns NumPy's numbers into plain ones, which a checkpoint can hold.
-    given = {name: type(DEFAULTS[name])(value) for name, value in given.items()
-             if value is not None}
+    require(str(out), "--out is empty; name a folder")
     checkpoint, saved = None, {}
     if resume:
         path = Path(out) / "checkpoint.pt"
         require(path.exists(), f"{out} has no checkpoint.pt, so there is no run to resume; to "
-                               "begin one, leave --resume out")
+                               "begin one, leave --resume out and choose another --out")
         checkpoint = load_checkpoint(path, "epoch", "log", "settings")
         saved = checkpoint["settings"]
-    settings = DEFAULTS | saved | given
+        require(isinstance(saved, dict) and saved.keys() == {*DEFAULTS, "images"},
+                f"{path} was saved by another version of this program and cannot be resumed")
+    settings = DEFAULTS | saved
+    for name, value in given.items():
+        if value is not None:
+            # The type of the default makes a plain number of NumPy's, which no checkpoint can hold.
+            settings[name] = type(DEFAULTS[name])(value)
+            require(settings[name] == value, f"{option(name)} {value}: use a whole number")
     images = load_images(settings["data"] or SHIPPED_DATA)
-    checksum = hashlib.sha256(images.numpy()).hexdigest()
-    settings["images"] = f"{len(images)} ({checksum[:16]})"
+    settings["images"] = f"{len(images)} {zlib.crc32(images.numpy())}"
 
     require(settings["epochs"] >= 1, f"--epochs {settings['epochs']}: use 1 or more")
     require(1 <= settings["batch_size"] <= len(images), f"--batch-size {settings['batch_size']}: "
             f"use 1 to {len(images)}, because there are {len(images)} images")
-    # Adam divides the learning rate by 1 - beta1, and float32 ends at 3.4e38.
+    # PyTorch fails if lr / (1 - beta1), which Adam uses in its first step, does not fit float32.
     require(0 < settings["lr"] < 1e38, f"--lr {settings['lr']}: use a number between 0 and 1e38")
     require(0 <= settings["seed"] < 2**63, f"--seed {settings['seed']}: use 0 to 2**63 - 1")
     if resume:
-        require(saved.keys() == settings.keys(), f"{path} {OTHER_VERSION}")
         for name in ("batch_size", "lr", "seed"):
-            option = "--" + name.replace("_", "-")
-            require(settings[name] == saved[name], f"{option} {settings[name]} contradicts the run "
-                    f"in {out}, which began with {option} {saved[name]}; for another value, begin "
-                    "a new run with another --out")
+            require(settings[name] == saved[name], f"{option(name)} {settings[name]} contradicts "
+                    f"the run in {out}, which began with {option(name)} {saved[name]}; for another "
+                    "value, begin a new run with another --out")
         require(settings["images"] == saved["images"], f"the run in {out} began with other images "
                 f"than those in {settings['data'] or SHIPPED_DATA}; say with --data where they are")
         require(settings["epochs"] >= checkpoint["epoch"], f"--epochs {settings['epochs']}: the "
@@ -195,12 +200,15 @@ def open_run(out, given, resume):
     return settings, images, checkpoint
 
 
-def start_run(out, checkpoint, parts):
+def option(name):
+    return "--" + name.replace("_", "-")
+
+
+def claim_or_restore(out, checkpoint, parts):
     """Claim the folder of a new run, or restore the networks and optimizers of the resumed one.
 
     Returns the folder, the number of finished epochs, and the log, which is the text of losses.csv.
     """
-    require(out != "", "the name of the folder (--out) is empty")
     out = Path(out)
     if checkpoint is None:
         taken = f"{out} already holds a run; continue it (--resume), or choose another --out"
@@ -215,7 +223,8 @@ def start_run(out, checkpoint, parts):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{out}/checkpoint.pt {OTHER_VERSION}") from None
+        raise InputError(f"{out}/checkpoint.pt does not fit the networks in gan.py, which may have "
+                         "been edited since then") from None
     (out / "samples").mkdir(exist_ok=True)
     return out, checkpoint["epoch"], checkpoint["log"]
 
@@ -224,8 +233,7 @@ def save_run(out, epoch, log, settings, parts, samples):
     """Save the files of a run. checkpoint.pt holds everything that --resume needs."""
     states = {name: part.state_dict() for name, part in parts.items()}
     save_grid(samples, out / "samples" / f"epoch_{epoch:04d}.png")
-    # The rows of an unfinished epoch go, and so does what another program did to the file.
-    (out / "losses.csv").write_text(log)
+    (out / "losses.csv").write_text(log)  # without the rows of an unfinished epoch
     if epoch > 0:
         save_atomically({"average": states["average"]}, out / "generator.pt")
     save_atomically({"epoch": epoch, "log": log, "settings": settings, **states},
@@ -242,16 +250,6 @@ def save_atomically(content, path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def add_row(log, path, epoch, step, means):
-    """Add a row of mean losses to the log and to the file at `path`. Returns the new log."""
-    row = ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())]) + "\n"
-    if not log:
-        row = ",".join(["epoch", "step", *means]) + "\n" + row
-    with open(path, "a") as file:
-        file.write(row)
-    return log + row
 
 
 def load_images(place):
@@ -280,8 +278,8 @@ def load_images(place):
 
 def find_images(place):
     name = "train-images-idx3-ubyte"
-    # torchvision stores MNIST in MNIST/raw, and some downloads have a folder around each file.
-    for folder in (place, place / "MNIST" / "raw", place / name, place / f"{name}.gz"):
+    # torchvision stores MNIST in MNIST/raw, and some downloads have a folder around the file.
+    for folder in (place, place / "MNIST" / "raw", place / name):
         for path in (place, folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path
@@ -292,15 +290,22 @@ def find_images(place):
 def parse_arguments():
     # An option that is left out is None here. train() knows the defaults.
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
-    option = parser.add_argument
-    option("--epochs", type=int, help=f"total number of epochs (default: {DEFAULTS['epochs']})")
-    option("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 or mps")
-    option("--batch-size", type=int, help=f"images per step (default: {DEFAULTS['batch_size']})")
-    option("--lr", type=float, help=f"Adam's learning rate (default: {DEFAULTS['lr']})")
-    option("--seed", type=int, help=f"random seed (default: {DEFAULTS['seed']})")
-    option("--data", help="folder or file with images (default: MNIST, which comes with train.py)")
-    option("--out", default="out", help="folder for the files of the run (default: out)")
-    option("--resume", action="store_true", help="continue the run in --out, with its settings")
+    parser.add_argument("--epochs", type=int,
+                        help=f"total number of epochs (default: {DEFAULTS['epochs']})")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    parser.add_argument("--batch-size", type=int,
+                        help=f"images per step (default: {DEFAULTS['batch_size']})")
+    parser.add_argument("--lr", type=float,
+                        help=f"Adam's learning rate (default: {DEFAULTS['lr']})")
+    parser.add_argument("--seed", type=int,
+                        help=f"random seed (default: {DEFAULTS['seed']})")
+    parser.add_argument("--data",
+                        help="folder or file with images (default: MNIST, beside train.py)")
+    parser.add_argument("--out", default="out",
+                        help="folder for the files of the run (default: out)")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue the run in --out, with its settings")
     return parser.parse_args()
 
 
@@ -310,18 +315,21 @@ def main():
     try:
         train(**vars(arguments))  # each option is an argument of train()
     except KeyboardInterrupt:
-        advice = "nothing was saved yet; run the same command again"
+        advice = "nothing was saved yet; begin again, with another --out if this one is refused"
         if (Path(out) / "checkpoint.pt").exists():
-            advice = (f"continue with: python train.py --resume --device {arguments.device} "
-                      f"--out {shlex.quote(out)}")
+            advice = f"continue with: python train.py --resume --device {arguments.device} "
+            if arguments.epochs is not None:
+                advice += f"--epochs {arguments.epochs} "
+            advice += f"--out {shlex.quote(out)}"
         print(f"train.py: stopped; {advice}", file=sys.stderr)
         sys.exit(130)
     except (OSError, InputError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
+        if not re.search("MemoryError|out of memory|allocate memory|bad_alloc", repr(error)):
             raise
-        sys.exit("train.py: not enough memory; try a smaller --batch-size, or --device cpu")
+        sys.exit("train.py: not enough memory; try --device cpu, or a new run with a smaller "
+                 "--batch-size and another --out")
     print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. To draw digits: "
           f"python sample.py --checkpoint {shlex.quote(out + '/generator.pt')} --out grid.png")
 

@@ -90,7 +90,7 @@ def test_log_of_a_training_that_diverged_is_plotted(cli, log):
     (b"epoch,step,loss\n1,20,1.3\n", "d_loss"),
     ((HEADER + "Once upon a time, in a loss, far, far, away\n").encode(), "Once upon a time"),
     ((HEADER + ROWS[0] + "1,40,1.3,0.7\n").encode(), "columns"),
-    ((HEADER + "1,40,1.3,0.7,0.5,0.5,0.5\n").encode(), "zip"),
+    ((HEADER + "1,40,1.3,0.7,0.5,0.5,0.5\n").encode(), "d_loss"),
     ((HEADER + ROWS[0] + "x" * 200_000 + "\n").encode(), "columns"),
     ((HEADER + "x" * 200_000 + "\n").encode(), "xxx"),
     ((HEADER + "\n\n").encode(), "no rows"),

@@ -293,6 +293,7 @@ def test_notebook_resumes_with_the_settings_of_the_run(data, tmp_path, straight)
     ({"batch_size": 0}, "batch"),
     ({"lr": -1.0}, "lr"),
     ({"seed": 2**63}, "seed"),
+    ({"epochs": 1.5}, "epochs"),
     ({"out": ""}, "out"),
 ])
 def test_notebook_is_told_of_bad_arguments_and_nothing_is_written(
@@ -332,7 +333,7 @@ def test_plot_that_cannot_be_drawn_costs_one_line(cli, short, monkeypatch, error
 
 
 def test_run_and_plot_under_a_notebooks_backend_that_is_not_installed(data, tmp_path):
-    environment = os.environ | {"MPLBACKEND": "module://no_such.backend"}
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     training = ["train.py", "--epochs", "1", "--data", data, "--out", "out", *SMALL]
     for script, *options in (training, ["plot_losses.py", "--csv", "out/losses.csv"]):
         process = subprocess.run([sys.executable, ROOT / script, *options], cwd=tmp_path,
