@@ -11,12 +11,13 @@ function expresses both goals (equation 1). E[...] is a mean, and log is the nat
     V(D, G) = E[ log D(x) ]  +  E[ log(1 - D(G(z))) ]
               real images x     random z
 
-D is trained to maximise V, and G is trained to minimise it. G never receives a real image. It
-learns from the gradient of D's output with respect to the pixels of a fake. This gradient shows how
-each pixel would have to change for D to rate the fake as more real.
+D is trained to maximise V. G is trained to minimise it, with a variant of the second term (see
+generator_loss). G never receives a real image. It learns from the gradient of D's output with
+respect to the pixels of a fake. This gradient shows how each pixel would have to change for D to
+rate the fake as more real.
 
 If the fakes have exactly the distribution of the real images, the best possible D outputs 1/2 for
-every image (Theorem 1). In practice, training does not reach this optimum.
+every image (Theorem 1). In practice, training ends before that.
 
 Read this file from top to bottom. A comment such as # (N, 1, 28, 28) gives the shape of a result,
 where N is the number of images in the batch.
@@ -41,7 +42,7 @@ def to_pixels(images):
 N_CATEGORIES = 10     # as many as there are digits
 NOISE_DIM = 54
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
-CATEGORY_SCALE = 4.0  # with a much larger value, G ignores the noise (README: "Mode collapse")
+CATEGORY_SCALE = 4.0  # with 100, G ignores the noise and draws only ten images (README)
 
 
 def sample_latent(count, device="cpu", random=None):
@@ -52,13 +53,14 @@ def sample_latent(count, device="cpu", random=None):
     PyTorch's default source.
     """
     # Most GANs use noise only. But a network is continuous: if z changes gradually, the image does
-    # too. Slant and stroke width vary in this way, but digits do not. On the way from a 3 to a 0, G
-    # would have to draw images that are neither (Khayatkhoei et al. 2018,
-    # arxiv.org/abs/1806.00880). With a category, the latent space consists of ten separate parts.
+    # too. Slant and stroke width vary gradually, but one digit does not change into another like
+    # that: between a 3 and a 0, G would have to draw images that are neither (Khayatkhoei et al.
+    # 2018, arxiv.org/abs/1806.00880). With a category, the latent space has ten separate parts.
     category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
-    # A category is "one-hot": one of ten entries marks it, and the others are 0. No label and no
-    # loss ties it to a digit. Most categories nevertheless come to draw one digit, or a few similar
-    # ones. InfoGAN (Chen et al. 2016, arxiv.org/abs/1606.03657) has a loss for this purpose.
+    # The number becomes a "one-hot" vector: its entry is 1, and the other nine are 0. No label and
+    # no loss ties a category to a digit. Most categories nevertheless come to draw one digit, or a
+    # few similar ones. InfoGAN adds a loss that makes the category recognisable in the image (Chen
+    # et al. 2016, arxiv.org/abs/1606.03657).
     one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
     # The noise is drawn from a standard normal distribution. It varies the digit.
     noise = torch.randn(count, NOISE_DIM, device=device, generator=random)              # (N, 54)
@@ -75,28 +77,30 @@ class Generator(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             # Each entry of z adds its own pattern to 128 feature maps of 4x4 pixels. A bias is not
-            # needed: the category always has one entry CATEGORY_SCALE, whose weights act as a bias.
+            # needed: one entry of the category is always CATEGORY_SCALE, so its weights add a
+            # constant.
             nn.Linear(LATENT_DIM, 128 * 4 * 4, bias=False),                   # (N, 2048)
             nn.Unflatten(1, (128, 4, 4)),                                     # (N, 128, 4, 4)
             # Batch norm normalises each channel to mean 0 and variance 1 over the batch, and then
             # applies a learned scale and shift. Without it, DCGAN's generator drew the same image
             # for every z (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3).
             nn.BatchNorm2d(128),
-            # ReLU passes no gradient where its input is negative. G can afford that, because a
-            # weight learns from all images of the batch, and some have a positive input there.
+            # ReLU passes no gradient where its input is negative. G can afford that, because each
+            # weight still learns from those images of the batch for which the input is positive.
             nn.ReLU(),
 
             # A transposed convolution is a learned upsampling layer. Each input pixel adds a copy
             # of the kernel, multiplied by the pixel, to the output. The copies are `stride` pixels
-            # apart. With these paddings, kernel size 3 makes 7 pixels of 4, and size 4 makes 8.
-            # A bias is not needed, because batch norm subtracts the mean, and the bias with it.
+            # apart. Only an odd kernel size makes 7 pixels of 4. A bias is not needed, because
+            # batch norm subtracts the mean, and the bias with it.
             nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),  # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
             nn.ReLU(),
 
             # Kernel size 4 is a multiple of the stride, so the same number of copies overlaps at
             # every pixel inside. With size 3 or 5 this number alternates, and the image can show a
-            # checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
+            # checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). Layers
+            # that follow, as they do after size 3 above, can remove it.
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
             nn.BatchNorm2d(32),
             nn.ReLU(),
@@ -113,33 +117,34 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maps images (N, 1, 28, 28) in [-1, 1] to logits (N,). D(x) is sigmoid(logit).
+    """Maps images (N, 1, 28, 28) in [-1, 1] to logits (N,), one number for each image.
 
-    It is a classifier with two classes, real and fake. But its gradient matters as much as its
-    output, because G learns from nothing else.
+    D(x) is the sigmoid of the logit. D is a classifier with two classes, real and fake. But its
+    gradient matters as much as its output, because G learns from nothing else.
     """
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
             # Stride 2 halves the height and width. Max pooling could do that too, but it passes the
-            # gradient to only one of four pixels, and G needs the gradient at every pixel.
-            # DCGAN became unstable with batch norm in every layer (section 3), so it begins later.
+            # gradient to only one of four positions, and G needs the gradient at every pixel.
+            # Batch norm begins in the second layer, because DCGAN became unstable with batch norm
+            # in every layer (section 3).
             nn.Conv2d(1, 16, 4, stride=2, padding=1),                         # (N, 16, 14, 14)
             # Where its input is negative, LeakyReLU(0.2) passes a fifth of the gradient. ReLU would
             # pass none, and that part of the gradient would not reach the pixels of a fake.
             nn.LeakyReLU(0.2),
 
             # Batch norm makes D's output for an image depend a little on the rest of the batch.
-            # This can help D to notice that all fakes of a batch are alike ("mode collapse";
-            # Salimans et al. 2016, arxiv.org/abs/1606.03498, section 3.2).
+            # This can help D to notice that all fakes of a batch are alike, which is called "mode
+            # collapse" (Salimans et al. 2016, arxiv.org/abs/1606.03498, section 3.2).
             nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False),            # (N, 32, 7, 7)
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
 
-            # Stride 1 keeps the size. This layer widens the view of the next one: its values depend
-            # on 26x26 pixels, nearly a whole digit, and would depend on only 18x18 without it. (At
-            # the border, some of these pixels are padding.)
+            # Stride 1 keeps the size. This layer widens the view of the next one: there, each value
+            # depends on 26x26 pixels, nearly a whole digit. Without this layer, it would be 18x18.
+            # (At the border, some of these pixels are padding.)
             nn.Conv2d(32, 96, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
             nn.BatchNorm2d(96),
             nn.LeakyReLU(0.2),
@@ -148,9 +153,9 @@ class Discriminator(nn.Module):
             nn.BatchNorm2d(192),
             nn.LeakyReLU(0.2),
 
-            # The result is a logit, an unbounded number, and not yet a probability. In float32, the
-            # sigmoid of a logit of 17 or more is exactly 1, and log(1 - D) would be minus infinity.
-            # The losses below take logits, and they stay finite.
+            # A logit is an unbounded number, and not yet a probability. In float32, the sigmoid of
+            # a logit of 17 or more is exactly 1, and log(1 - D) would be minus infinity. The losses
+            # below take logits, and they stay finite.
             nn.Flatten(),                                                     # (N, 3072)
             nn.Linear(192 * 4 * 4, 1),                                        # (N, 1)
             nn.Flatten(0),                                                    # (N,)
@@ -191,11 +196,12 @@ def generator_loss(fake_logits):
     If D outputs 0.5 for every fake, the loss is log 2 = 0.693.
     """
     # To minimise V itself, G would minimise log(1 - D(G(z))). Both losses fall as D(G(z)) rises.
-    # They differ in their slope with respect to the logit: it is -D for log(1 - D), and -(1 - D)
-    # for -log D. Early in training, D recognises nearly every fake, so D(G(z)) is near 0. The first
-    # slope is then near 0 too: that loss "saturates", and G learns very little from the fakes that
-    # need it most. The second slope is near -1 for the same fakes. Goodfellow et al. therefore use
-    # this "non-saturating" loss (end of section 3). It is BCE with the label of real images.
+    # They differ in their derivative with respect to the logit: it is -D for log(1 - D), and
+    # -(1 - D) for -log D. Early in training, D recognises nearly every fake, so D(G(z)) is near 0.
+    # The first derivative is then near 0 too: that loss "saturates", and G learns very little from
+    # the fakes that need it most. The second one is near -1 for the same fakes. Goodfellow et al.
+    # therefore use this "non-saturating" loss (end of section 3). It is BCE with the label of real
+    # images.
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
@@ -210,12 +216,13 @@ def r1_penalty(discriminator, real):
     Takes real images (N, 1, 28, 28). Returns R1_GAMMA / 2 times the mean, over these images, of the
     squared length of the gradient of D's logit with respect to the pixels (section 4.1).
     """
-    # D can keep a slope where the fakes are already right, and so push G away again. Training can
-    # then oscillate without end (section 2). The penalty favours a D that is flat at real images.
+    # Even where the fakes already look like real images, D's logit can change steeply with the
+    # pixels. This gradient pushes G away again, and training can oscillate without end (section 2).
+    # The penalty favours a D whose logit is flat at real images.
     real = real.detach().requires_grad_()  # a new tensor, so that the caller's does not change
     logits = discriminator(real)
-    # The gradient of the sum gives each image its own gradient, if it influences only its own
-    # logit. Batch norm links the images, so this penalty is only similar to R1.
+    # The gradient of the sum would contain each image's own gradient if an image influenced only
+    # its own logit. Batch norm links the images of a batch, so this penalty is only similar to R1.
     # create_graph is needed because D's update differentiates this gradient once more.
     gradient = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]  # (N, 1, 28, 28)
     squared_length = gradient.square().sum(dim=(1, 2, 3))                     # (N,)
@@ -275,7 +282,7 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     }
 
 
-AVERAGE_K = 40  # a smaller value makes the running average longer
+AVERAGE_K = 40  # with a smaller value, the running average reaches further back
 
 
 @torch.no_grad()
@@ -307,7 +314,8 @@ def generate(generator, z):
     device = next(generator.parameters()).device
     was_training = generator.training
     # In training mode, batch norm would use the mean and variance of this batch, and each digit
-    # would depend on the others. eval() makes it use the running ones, kept during training.
+    # would depend on the others. eval() makes it use the running mean and variance, which it has
+    # kept during training.
     images = generator.eval()(z.to(device))                                   # (N, 1, 28, 28)
     generator.train(was_training)
     return to_pixels(images).cpu()
@@ -353,6 +361,6 @@ def load_checkpoint(path, *names):
         except Exception:  # torch.load raises different exceptions for different kinds of damage
             checkpoint = None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(names):
-        raise InputError(f"{path} is damaged, or it is no checkpoint of this program, or not the "
-                         "one that is needed here")
+        raise InputError(f"{path} is damaged, or it is not a checkpoint of this program, or it "
+                         f"lacks one of these entries: {', '.join(names)}")
     return checkpoint

@@ -33,7 +33,7 @@ DEFAULTS = {
     "seed": 0,
     "data": "",    # SHIPPED_DATA, wherever this repository is
 }
-LOG_EVERY = 20     # the number of steps that a row of losses.csv averages
+LOG_EVERY = 20     # the number of steps that a row of losses.csv averages, or fewer at the end
 
 
 def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=None, out="out",
@@ -47,11 +47,9 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     Raises InputError for unsuitable arguments and files, OSError for files that cannot be read or
     written, and FloatingPointError if the training diverges.
     """
-    if data is not None:
-        data = str(Path(data).resolve())  # absolute, so that --resume works in any folder
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "data": data}
     device = pick_device(device)
-    settings, images, checkpoint = read_settings(out, given, resume)
+    settings, images, checkpoint = prepare_run(out, given, resume)
     epochs, batch_size, seed = settings["epochs"], settings["batch_size"], settings["seed"]
     images = images.to(device)                                        # uint8 (60000, 1, 28, 28)
     steps_per_epoch = len(images) // batch_size  # images that do not fill a batch are left out
@@ -64,43 +62,52 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     d_optimizer = make_optimizer(discriminator, settings["lr"])
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    out, epochs_done, log = claim_or_restore(out, checkpoint, parts)
+    out = Path(out)
+    if resume:
+        epochs_done, log = restore(out, checkpoint, parts)
+    else:
+        epochs_done, log = 0, ""
+        claim(out)
+    weights = [*generator.parameters(), *discriminator.parameters()]
     fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
-    # Save now, so that a run that stops in its first epoch can be resumed, and so that a new
-    # --epochs or --data is kept. epoch_0000.png shows what G draws before it has learned.
+    # Save now, so that a run can be resumed even if it stops in its first epoch, and so that a
+    # resumed run keeps a new --epochs or --data. epoch_0000.png shows an untrained generator.
     save_run(out, epochs_done, log, settings, parts, generate(average, fixed_z))
     print(f"training on {device} for {epochs} epochs of {steps_per_epoch} steps; weights: "
           f"{count_weights(generator):,} in G, {count_weights(discriminator):,} in D", flush=True)
 
     for epoch in range(epochs_done + 1, epochs + 1):
-        # The order of the images and all latent vectors of an epoch depend on this seed alone. A
+        # This seed alone determines the order of the images and the latent vectors of an epoch. A
         # resumed run therefore continues with the same random numbers as an uninterrupted one.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         first_step = (epoch - 1) * steps_per_epoch + 1
-        losses = []
+        last_step = epoch * steps_per_epoch
+        epoch_losses, row_losses = [], []
         started = time.perf_counter()
         # disable=None hides the bar if stderr is not a terminal.
         bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
                    disable=None)
         for step, indices in enumerate(bar, start=first_step):
             real = from_pixels(images[indices])                       # (batch_size, 1, 28, 28)
-            losses.append(adversarial_step(
-                generator, discriminator, g_optimizer, d_optimizer, real, step))
+            losses = adversarial_step(
+                generator, discriminator, g_optimizer, d_optimizer, real, step)
             update_average(average, generator, step)
 
-            if len(losses) % LOG_EVERY == 0 or len(losses) == steps_per_epoch:
-                start_of_row = (len(losses) - 1) // LOG_EVERY * LOG_EVERY
-                means = mean_losses(losses[start_of_row:])
+            epoch_losses.append(losses)
+            row_losses.append(losses)
+            if len(row_losses) == LOG_EVERY or step == last_step:
+                means = mean_losses(row_losses)
+                row_losses = []
                 log = add_row(log, epoch, step, means)
                 (out / "losses.csv").write_text(log)
-                check_finite(epoch, means, [*generator.parameters(), *discriminator.parameters()])
+                check_finite(epoch, means, weights)
                 bar.set_postfix_str(f"d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f}",
                                     refresh=False)
 
         speed = len(order) / (time.perf_counter() - started)
         save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
-        means = mean_losses(losses)
+        means = mean_losses(epoch_losses)
         print(f"epoch {epoch}/{epochs}: d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f},"
               f" D(x) {means['d_real']:.2f}, D(G(z)) {means['d_fake']:.2f}, {speed:.0f} images/s",
               flush=True)
@@ -158,7 +165,7 @@ def require(condition, message):
         raise InputError(message)
 
 
-def read_settings(out, given, resume):
+def prepare_run(out, given, resume):
     """Return the settings of a run, its images, and the checkpoint to resume (None for a new run).
 
     given: the settings that the user chose. The others are None. Writes nothing.
@@ -176,16 +183,21 @@ def read_settings(out, given, resume):
     settings = DEFAULTS | saved
     for name, value in given.items():
         if value is not None:
-            # The type of the default makes a plain number of NumPy's, which no checkpoint can hold.
-            settings[name] = type(DEFAULTS[name])(value)
-            require(settings[name] == value, f"{option(name)} {value}: use a whole number")
+            # Of a NumPy number, the type of the default makes a plain one, because load_checkpoint
+            # refuses others.
+            kind = type(DEFAULTS[name])
+            settings[name] = kind(value)
+            require(kind is not int or settings[name] == value,
+                    f"{option(name)} {value}: use a whole number")
+    if given["data"] is not None:
+        settings["data"] = str(Path(given["data"]).resolve())  # so that --resume works anywhere
     images = load_images(settings["data"] or SHIPPED_DATA)
     settings["images"] = f"{len(images)} {zlib.crc32(images.numpy())}"
 
     require(settings["epochs"] >= 1, f"--epochs {settings['epochs']}: use 1 or more")
     require(1 <= settings["batch_size"] <= len(images), f"--batch-size {settings['batch_size']}: "
             f"use 1 to {len(images)}, because there are {len(images)} images")
-    # PyTorch fails if lr / (1 - beta1), which Adam uses in its first step, does not fit float32.
+    # Adam computes lr / (1 - beta1), which must fit float32.
     require(0 < settings["lr"] < 1e38, f"--lr {settings['lr']}: use a number between 0 and 1e38")
     require(0 <= settings["seed"] < 2**63, f"--seed {settings['seed']}: use 0 to 2**63 - 1")
     if resume:
@@ -204,21 +216,19 @@ def option(name):
     return "--" + name.replace("_", "-")
 
 
-def claim_or_restore(out, checkpoint, parts):
-    """Claim the folder of a new run, or restore the networks and optimizers of the resumed one.
+def claim(out):
+    """Make the folder of a new run. Of several processes, only one can do this."""
+    taken = f"{out} already holds a run; continue it (--resume), or choose another --out"
+    for name in ("checkpoint.pt", "generator.pt", "losses.csv", "losses.png"):
+        require(not (out / name).exists(), taken)
+    try:
+        (out / "samples").mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(taken) from None
 
-    Returns the folder, the number of finished epochs, and the log, which is the text of losses.csv.
-    """
-    out = Path(out)
-    if checkpoint is None:
-        taken = f"{out} already holds a run; continue it (--resume), or choose another --out"
-        for name in ("checkpoint.pt", "generator.pt", "losses.csv", "losses.png"):
-            require(not (out / name).exists(), taken)
-        try:
-            (out / "samples").mkdir(parents=True)  # of several processes, only one can do this
-        except FileExistsError:
-            raise InputError(taken) from None
-        return out, 0, ""
+
+def restore(out, checkpoint, parts):
+    """Load the networks and optimizers of a run. Returns its number of epochs and its log."""
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -226,14 +236,14 @@ def claim_or_restore(out, checkpoint, parts):
         raise InputError(f"{out}/checkpoint.pt does not fit the networks in gan.py, which may have "
                          "been edited since then") from None
     (out / "samples").mkdir(exist_ok=True)
-    return out, checkpoint["epoch"], checkpoint["log"]
+    return checkpoint["epoch"], checkpoint["log"]
 
 
 def save_run(out, epoch, log, settings, parts, samples):
     """Save the files of a run. checkpoint.pt holds everything that --resume needs."""
     states = {name: part.state_dict() for name, part in parts.items()}
     save_grid(samples, out / "samples" / f"epoch_{epoch:04d}.png")
-    (out / "losses.csv").write_text(log)  # without the rows of an unfinished epoch
+    (out / "losses.csv").write_text(log)  # this removes the rows of an unfinished epoch
     if epoch > 0:
         save_atomically({"average": states["average"]}, out / "generator.pt")
     save_atomically({"epoch": epoch, "log": log, "settings": settings, **states},
@@ -243,7 +253,7 @@ def save_run(out, epoch, log, settings, parts, samples):
 def save_atomically(content, path):
     """Save like torch.save, but keep the old file if interrupted or if the disk is full."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # to a path, it would not raise OSError for a full disk
+    torch.save(content, buffer)  # torch.save to a path does not raise OSError for a full disk
     partial = path.with_suffix(".partial")
     try:
         partial.write_bytes(buffer.getbuffer())
@@ -261,7 +271,7 @@ def load_images(place):
     """
     path = find_images(Path(place))
     content = path.read_bytes()
-    if content.startswith(b"\x1f\x8b"):  # as every file of gzip, whatever its name
+    if content.startswith(b"\x1f\x8b"):  # every gzip file begins with these bytes
         try:
             content = gzip.decompress(content)
         except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -301,7 +311,8 @@ def parse_arguments():
     parser.add_argument("--seed", type=int,
                         help=f"random seed (default: {DEFAULTS['seed']})")
     parser.add_argument("--data",
-                        help="folder or file with images (default: MNIST, beside train.py)")
+                        help="folder or file with images (default: the MNIST that comes with "
+                             "train.py)")
     parser.add_argument("--out", default="out",
                         help="folder for the files of the run (default: out)")
     parser.add_argument("--resume", action="store_true",
