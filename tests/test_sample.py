@@ -172,30 +172,18 @@ def test_cells_of_the_readme_run_in_a_notebook(monkeypatch, tmp_path):
             assert numpy.array(Image.open(path)).std() > 0
 
 
-@pytest.mark.parametrize("options, word", [
-    ("--out grid.jpg", "grid.jpg"),
-    ("--out grid", ".npy"),
-    ("--count 0", "--count"),
-    ("--count 2.5", "2.5"),
-    ("--count 100001", "100000"),
-    ("--out walk.gif --count 401", "400"),
-    ("--category 10", "--category"),
-    ("--category -1", "0 to 9"),
-    ("--category three", "three"),
-    ("--seed -1", "--seed"),
-    ("--seed 99999999999999999999", "--seed"),
-    ("--device tpu", "tpu"),
-    ("--device cuda:99", "--device cpu"),
-    ("--checkpoint none.pt", "none.pt"),
-    ("--out file/grid.png", "file"),
-    ("--out folder.png", "folder.png"),
-])
-def test_bad_options_are_one_line_and_write_nothing(cli, checkpoint, tmp_path, options, word):
+@pytest.mark.parametrize("options", [
+    "--out grid.jpg", "--out grid", "--count 0", "--count 2.5", "--count 100001", "--seed -1",
+    "--out walk.gif --count 401", "--category 10", "--category -1", "--category three",
+    f"--seed {2**63}", "--device tpu", "--device cuda:99", "--checkpoint none.pt",
+    "--out file/grid.png", "--out folder.png"])
+def test_bad_options_are_named_in_one_line_and_nothing_is_written(
+        cli, checkpoint, tmp_path, options):
     Path("file").write_text("a file")
     Path("folder.png").mkdir()
     before = contents(tmp_path)
-    options = ["--out", "grid.png", "--checkpoint", checkpoint, *options.split()]
-    assert word in complaint(cli(sample, *options))
+    line = complaint(cli(sample, "--checkpoint", checkpoint, *options.split()))
+    assert options.split()[-1].partition("/")[0] in line
     assert contents(tmp_path) == before
 
 
