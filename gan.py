@@ -16,8 +16,8 @@ generator_loss). G never receives a real image. It learns from the gradient of D
 respect to the pixels of a fake. This gradient shows how each pixel would have to change for D to
 rate the fake as more real.
 
-If the fakes have exactly the distribution of the real images, the best possible D outputs 1/2 for
-every image (Theorem 1). In practice, training ends before that.
+If the fakes have exactly the distribution of the real images, G is at its optimum, and the best
+possible D outputs 1/2 for every image (Theorem 1). In practice, training does not get there.
 
 Read this file from top to bottom. A comment such as # (N, 1, 28, 28) gives the shape of a result,
 where N is the number of images in the batch.
@@ -29,8 +29,8 @@ from torch import nn
 
 def from_pixels(pixels):
     """Scale grey levels, uint8 from 0 (black) to 255 (white), to floats from -1 to 1."""
-    # This is the range of G's output. If real images had another range, D could recognise fakes by
-    # the range alone, and its gradient would tell G nothing about digits.
+    # This is the range of G's output. If real images left it, D could recognise them by that alone.
+    # If they filled only a part of it, G would learn to draw digits on grey.
     return pixels.float() / 127.5 - 1
 
 
@@ -81,26 +81,27 @@ class Generator(nn.Module):
             # constant.
             nn.Linear(LATENT_DIM, 128 * 4 * 4, bias=False),                   # (N, 2048)
             nn.Unflatten(1, (128, 4, 4)),                                     # (N, 128, 4, 4)
-            # Batch norm normalises each channel to mean 0 and variance 1 over the batch, and then
-            # applies a learned scale and shift. Without it, DCGAN's generator drew the same image
-            # for every z (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3).
+            # Batch norm normalises each channel to mean 0 and variance 1 over all pixels of the
+            # batch, and then applies a learned scale and shift. DCGAN found it critical to keep G
+            # from drawing the same image for every z (Radford et al. 2015,
+            # arxiv.org/abs/1511.06434, section 3).
             nn.BatchNorm2d(128),
-            # ReLU passes no gradient where its input is negative. G can afford that, because each
-            # weight still learns from those images of the batch for which the input is positive.
+            # DCGAN uses ReLU in G (section 3). ReLU passes no gradient where its input is negative.
+            # A weight still learns from the images of the batch for which the input is positive.
             nn.ReLU(),
 
             # A transposed convolution is a learned upsampling layer. Each input pixel adds a copy
             # of the kernel, multiplied by the pixel, to the output. The copies are `stride` pixels
-            # apart. Only an odd kernel size makes 7 pixels of 4. A bias is not needed, because
-            # batch norm subtracts the mean, and the bias with it.
+            # apart. Without `output_padding`, only an odd kernel size makes 7 pixels of 4.
+            # A bias is not needed, because batch norm subtracts the mean, and the bias with it.
             nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),  # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
             nn.ReLU(),
 
             # Kernel size 4 is a multiple of the stride, so the same number of copies overlaps at
             # every pixel inside. With size 3 or 5 this number alternates, and the image can show a
-            # checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). Layers
-            # that follow, as they do after size 3 above, can remove it.
+            # checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). After
+            # size 3 above, two layers follow that can weaken it.
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
             nn.BatchNorm2d(32),
             nn.ReLU(),
@@ -126,10 +127,9 @@ class Discriminator(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            # Stride 2 halves the height and width. Max pooling could do that too, but it passes the
-            # gradient to only one of four positions, and G needs the gradient at every pixel.
-            # Batch norm begins in the second layer, because DCGAN became unstable with batch norm
-            # in every layer (section 3).
+            # Stride 2 halves the height and width. DCGAN uses strides in place of pooling, so that
+            # D learns its own way to shrink an image (section 3). Batch norm begins in the second
+            # layer, because DCGAN became unstable with batch norm in every layer.
             nn.Conv2d(1, 16, 4, stride=2, padding=1),                         # (N, 16, 14, 14)
             # Where its input is negative, LeakyReLU(0.2) passes a fifth of the gradient. ReLU would
             # pass none, and that part of the gradient would not reach the pixels of a fake.
@@ -143,7 +143,7 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
 
             # Stride 1 keeps the size. This layer widens the view of the next one: there, each value
-            # depends on 26x26 pixels, nearly a whole digit. Without this layer, it would be 18x18.
+            # depends on 26x26 pixels, nearly the whole image. Without this one, it would be 18x18.
             # (At the border, some of these pixels are padding.)
             nn.Conv2d(32, 96, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
             nn.BatchNorm2d(96),
@@ -167,7 +167,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """Draw the weights of a convolution from N(0, 0.02^2), as DCGAN does (section 4).
+    """Draw the weights of a convolution from N(0, 0.02^2), as DCGAN does for all (section 4).
 
     `apply` calls this function for every layer. Other layers keep PyTorch's initialisation.
     """
@@ -200,8 +200,8 @@ def generator_loss(fake_logits):
     # -(1 - D) for -log D. Early in training, D recognises nearly every fake, so D(G(z)) is near 0.
     # The first derivative is then near 0 too: that loss "saturates", and G learns very little from
     # the fakes that need it most. The second one is near -1 for the same fakes. Goodfellow et al.
-    # therefore use this "non-saturating" loss (end of section 3). It is BCE with the label of real
-    # images.
+    # therefore use -log D (end of section 3), which was later called the "non-saturating" loss. It
+    # is BCE with the label of real images.
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
@@ -258,9 +258,9 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     d_loss = discriminator_loss(real_logits, fake_logits)
     penalty = 0.0
     if step % R1_INTERVAL == 0:
-        # The penalty takes nearly as long as the rest of the step. Adding it in one of R1_INTERVAL
-        # steps, with R1_INTERVAL times the weight, has about the same effect ("lazy
-        # regularization", Karras et al. 2020, arxiv.org/abs/1912.04958, section 3.1).
+        # The penalty takes nearly as long as the rest of the step. It is therefore added in only
+        # one of R1_INTERVAL steps, with R1_INTERVAL times the weight. Karras et al. found that this
+        # "lazy regularization" does no harm (2020, arxiv.org/abs/1912.04958, section 3.1).
         penalty = R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     (d_loss + penalty).backward()

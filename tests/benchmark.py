@@ -159,7 +159,8 @@ class Classifier(nn.Module):
 
 
 def to_input(digits):
-    return gan.from_pixels(digits.view(-1, 1, 28, 28))
+    # This does not use gan.from_pixels, so that the scores do not change if someone edits it.
+    return digits.view(-1, 1, 28, 28).float() / 127.5 - 1
 
 
 def load_classifier(digits, labels, epochs=3):
