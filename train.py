@@ -101,10 +101,11 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
                 row_losses = []
                 log = add_row(log, epoch, step, means)
                 (out / "losses.csv").write_text(log)
-                check_finite(epoch, means, weights)
+                check_finite(epoch, means.values())
                 bar.set_postfix_str(f"d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f}",
                                     refresh=False)
 
+        check_finite(epoch, [weight.sum() for weight in weights])
         speed = len(order) / (time.perf_counter() - started)
         save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
         means = mean_losses(epoch_losses)
@@ -150,10 +151,9 @@ def add_row(log, epoch, step, means):
     return log + ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())]) + "\n"
 
 
-def check_finite(epoch, means, weights):
+def check_finite(epoch, numbers):
     """Stop a run whose losses or weights are infinite or NaN, before they reach a checkpoint."""
-    finite = [weight.isfinite().all() for weight in weights]
-    if not all(map(math.isfinite, means.values())) or not torch.stack(finite).all():
+    if not all(map(math.isfinite, numbers)):
         raise FloatingPointError(
             f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
             "checkpoint of the previous epoch is kept. Begin a new run with a lower --lr and "
