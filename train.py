@@ -105,7 +105,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
                 bar.set_postfix_str(f"d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f}",
                                     refresh=False)
 
-        check_finite(epoch, [weight.sum() for weight in weights])
+        check_finite(epoch, [weight.sum().item() for weight in weights])
         speed = len(order) / (time.perf_counter() - started)
         save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
         means = mean_losses(epoch_losses)
