@@ -9,7 +9,6 @@ import gzip
 import io
 import math
 import os
-import re
 import shlex
 import struct
 import sys
@@ -73,8 +72,10 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     # Save now, so that a run can be resumed even if it stops in its first epoch, and so that a
     # resumed run keeps a new --epochs or --data. epoch_0000.png shows an untrained generator.
     save_run(out, epochs_done, log, settings, parts, generate(average, fixed_z))
+    g_size, d_size = [sum(weight.numel() for weight in network.parameters())
+                      for network in (generator, discriminator)]
     print(f"training on {device} for {epochs} epochs of {steps_per_epoch} steps; weights: "
-          f"{count_weights(generator):,} in G, {count_weights(discriminator):,} in D", flush=True)
+          f"{g_size:,} in G, {d_size:,} in D", flush=True)
 
     for epoch in range(epochs_done + 1, epochs + 1):
         # This seed alone determines the order of the images and the latent vectors of an epoch. A
@@ -102,16 +103,13 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
                 log = add_row(log, epoch, step, means)
                 (out / "losses.csv").write_text(log)
                 check_finite(epoch, means.values())
-                bar.set_postfix_str(f"d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f}",
-                                    refresh=False)
+                bar.set_postfix_str(describe(means), refresh=False)
 
         check_finite(epoch, [weight.sum().item() for weight in weights])
         speed = len(order) / (time.perf_counter() - started)
         save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
-        means = mean_losses(epoch_losses)
-        print(f"epoch {epoch}/{epochs}: d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f},"
-              f" D(x) {means['d_real']:.2f}, D(G(z)) {means['d_fake']:.2f}, {speed:.0f} images/s",
-              flush=True)
+        print(f"epoch {epoch}/{epochs}: {describe(mean_losses(epoch_losses))}, "
+              f"{speed:.0f} images/s", flush=True)
 
     try:
         plot(out / "losses.csv", out / "losses.png")
@@ -130,10 +128,6 @@ def memory_format(device):
     return torch.contiguous_format
 
 
-def count_weights(network):
-    return sum(weight.numel() for weight in network.parameters())
-
-
 def mean_losses(steps):
     """Average the dictionaries that adversarial_step returned, name by name."""
     # The losses of a step stay on the device until here. Reading them in every step would make the
@@ -142,6 +136,11 @@ def mean_losses(steps):
     losses = torch.stack([losses[name] for losses in steps for name in names])
     means = losses.view(len(steps), len(names)).mean(dim=0)
     return dict(zip(names, means.tolist()))
+
+
+def describe(means):
+    return ("d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}"
+            .format(**means))
 
 
 def add_row(log, epoch, step, means):
@@ -156,8 +155,7 @@ def check_finite(epoch, numbers):
     if not all(map(math.isfinite, numbers)):
         raise FloatingPointError(
             f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
-            "checkpoint of the previous epoch is kept. Begin a new run with a lower --lr and "
-            "another --out")
+            "last checkpoint is kept. Begin a new run with a lower --lr and another --out")
 
 
 def require(condition, message):
@@ -183,11 +181,9 @@ def prepare_run(out, given, resume):
     settings = DEFAULTS | saved
     for name, value in given.items():
         if value is not None:
-            # Of a NumPy number, the type of the default makes a plain one, because load_checkpoint
-            # refuses others.
-            kind = type(DEFAULTS[name])
-            settings[name] = kind(value)
-            require(kind is not int or settings[name] == value,
+            # load_checkpoint refuses NumPy's numbers, so each becomes one of the default's type.
+            settings[name] = type(DEFAULTS[name])(value)
+            require(name not in ("epochs", "batch_size", "seed") or settings[name] == value,
                     f"{option(name)} {value}: use a whole number")
     if given["data"] is not None:
         settings["data"] = str(Path(given["data"]).resolve())  # so that --resume works anywhere
@@ -202,9 +198,8 @@ def prepare_run(out, given, resume):
     require(0 <= settings["seed"] < 2**63, f"--seed {settings['seed']}: use 0 to 2**63 - 1")
     if resume:
         for name in ("batch_size", "lr", "seed"):
-            require(settings[name] == saved[name], f"{option(name)} {settings[name]} contradicts "
-                    f"the run in {out}, which began with {option(name)} {saved[name]}; for another "
-                    "value, begin a new run with another --out")
+            require(settings[name] == saved[name], f"{option(name)} {settings[name]}: the run in "
+                    f"{out} has {option(name)} {saved[name]}; for another value, use another --out")
         require(settings["images"] == saved["images"], f"the run in {out} began with other images "
                 f"than those in {settings['data'] or SHIPPED_DATA}; say with --data where they are")
         require(settings["epochs"] >= checkpoint["epoch"], f"--epochs {settings['epochs']}: the "
@@ -300,23 +295,15 @@ def find_images(place):
 def parse_arguments():
     # An option that is left out is None here. train() knows the defaults.
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
-    parser.add_argument("--epochs", type=int,
-                        help=f"total number of epochs (default: {DEFAULTS['epochs']})")
-    parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    parser.add_argument("--batch-size", type=int,
-                        help=f"images per step (default: {DEFAULTS['batch_size']})")
-    parser.add_argument("--lr", type=float,
-                        help=f"Adam's learning rate (default: {DEFAULTS['lr']})")
-    parser.add_argument("--seed", type=int,
-                        help=f"random seed (default: {DEFAULTS['seed']})")
-    parser.add_argument("--data",
-                        help="folder or file with images (default: the MNIST that comes with "
-                             "train.py)")
-    parser.add_argument("--out", default="out",
-                        help="folder for the files of the run (default: out)")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue the run in --out, with its settings")
+    add = parser.add_argument
+    add("--epochs", type=int, help=f"total number of epochs (default: {DEFAULTS['epochs']})")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--batch-size", type=int, help=f"images per step (default: {DEFAULTS['batch_size']})")
+    add("--lr", type=float, help=f"learning rate of Adam (default: {DEFAULTS['lr']})")
+    add("--seed", type=int, help=f"random seed (default: {DEFAULTS['seed']})")
+    add("--data", help="folder or file with images (default: the MNIST that comes with train.py)")
+    add("--out", default="out", help="folder for the files of the run (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the run in --out, with its settings")
     return parser.parse_args()
 
 
@@ -328,16 +315,14 @@ def main():
     except KeyboardInterrupt:
         advice = "nothing was saved yet; begin again, with another --out if this one is refused"
         if (Path(out) / "checkpoint.pt").exists():
-            advice = f"continue with: python train.py --resume --device {arguments.device} "
-            if arguments.epochs is not None:
-                advice += f"--epochs {arguments.epochs} "
-            advice += f"--out {shlex.quote(out)}"
+            advice = (f"continue with: python train.py --resume --device {arguments.device} "
+                      f"--out {shlex.quote(out)}")
         print(f"train.py: stopped; {advice}", file=sys.stderr)
         sys.exit(130)
     except (OSError, InputError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not re.search("MemoryError|out of memory|allocate memory|bad_alloc", repr(error)):
+        if not any(sign in repr(error) for sign in ("MemoryError", "of memory", "allocate memory")):
             raise
         sys.exit("train.py: not enough memory; try --device cpu, or a new run with a smaller "
                  "--batch-size and another --out")
