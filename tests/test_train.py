@@ -313,6 +313,15 @@ def test_log_that_is_changed_in_mid_run_is_put_right(
     assert (out / "losses.png").read_bytes() == (straight[0] / "losses.png").read_bytes()
 
 
+def test_log_that_was_deleted_after_the_run_is_written_and_plotted_again(cli, straight, tmp_path):
+    out = shutil.copytree(straight[0], tmp_path / "out")
+    (out / "losses.csv").unlink()
+    (out / "losses.png").unlink()
+    assert cli(train, "--resume", "--out", out, "--device", "cpu")[0] == 0
+    assert_same_run(out, straight[0])
+    assert (out / "losses.png").exists()
+
+
 @pytest.mark.parametrize("error", [ImportError("no matplotlib"), MemoryError(), KeyError("font")])
 def test_plot_that_cannot_be_drawn_costs_one_line(cli, short, monkeypatch, error):
     monkeypatch.setattr(train, "plot", fail(error))
