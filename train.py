@@ -103,13 +103,16 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
                 log = add_row(log, epoch, step, means)
                 (out / "losses.csv").write_text(log)
                 check_finite(epoch, means.values())
-                bar.set_postfix_str(describe(means), refresh=False)
+                bar.set_postfix_str(f"d_loss {means['d_loss']:.2f}, g_loss {means['g_loss']:.2f}",
+                                    refresh=False)
 
         check_finite(epoch, [weight.sum().item() for weight in weights])
         speed = len(order) / (time.perf_counter() - started)
         save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
-        print(f"epoch {epoch}/{epochs}: {describe(mean_losses(epoch_losses))}, "
-              f"{speed:.0f} images/s", flush=True)
+        means = mean_losses(epoch_losses)
+        print(f"epoch {epoch}/{epochs}: d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f},"
+              f" D(x) {means['d_real']:.2f}, D(G(z)) {means['d_fake']:.2f}, {speed:.0f} images/s",
+              flush=True)
 
     try:
         plot(out / "losses.csv", out / "losses.png")
@@ -136,11 +139,6 @@ def mean_losses(steps):
     losses = torch.stack([losses[name] for losses in steps for name in names])
     means = losses.view(len(steps), len(names)).mean(dim=0)
     return dict(zip(names, means.tolist()))
-
-
-def describe(means):
-    return ("d_loss {d_loss:.3f}, g_loss {g_loss:.3f}, D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}"
-            .format(**means))
 
 
 def add_row(log, epoch, step, means):
