@@ -177,14 +177,14 @@ def prepare_run(out, given, resume):
         require(isinstance(saved, dict) and saved.keys() == {*DEFAULTS, "images"},
                 f"{path} was saved by another version of this program and cannot be resumed")
     settings = DEFAULTS | saved
+    if given["data"] is not None:
+        given["data"] = Path(given["data"]).resolve()  # so that --resume works anywhere
     for name, value in given.items():
         if value is not None:
             # load_checkpoint refuses NumPy's numbers, so each becomes one of the default's type.
             settings[name] = type(DEFAULTS[name])(value)
             require(name not in ("epochs", "batch_size", "seed") or settings[name] == value,
                     f"{option(name)} {value}: use a whole number")
-    if given["data"] is not None:
-        settings["data"] = str(Path(given["data"]).resolve())  # so that --resume works anywhere
     images = load_images(settings["data"] or SHIPPED_DATA)
     settings["images"] = f"{len(images)} {zlib.crc32(images.numpy())}"
 
