@@ -55,9 +55,6 @@ EXPERIMENTS = {
     "longer running average": [
         ("gan.py", "AVERAGE_K = 40 ", "AVERAGE_K = 10 "),
     ],
-    "learning rate 0.1": [
-        ("train.py", '"lr": 0.001,', '"lr": 0.1,'),
-    ],
     "real images from 0 to 1": [
         ("gan.py", "pixels.float() / 127.5 - 1", "pixels.float() / 255"),
     ],
