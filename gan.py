@@ -108,8 +108,12 @@ class Generator(nn.Module):
 
             # Batch norm here would force the same brightness and contrast on every batch.
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),                # (N, 1, 28, 28)
-            # Tanh keeps the output in [-1, 1], the range to which from_pixels scales real images.
-            nn.Tanh(),
+            # Hardtanh cuts the output off at -1 and 1, the ends of the range of real images. Tanh,
+            # which DCGAN uses here, only approaches them. Its gradient vanishes on the way, so the
+            # background of a digit, which should be -1, stays slightly grey. The gradient of
+            # Hardtanh is 0 for a value that was cut off. That value can still return, because the
+            # kernel also makes other pixels, and learns from those.
+            nn.Hardtanh(),
         )
         self.apply(init_weights)
 
@@ -172,7 +176,7 @@ def init_weights(module):
     `apply` calls this function for every layer. Other layers keep PyTorch's initialisation.
     """
     # Small weights matter most in G's last convolution, which no batch norm follows. They make the
-    # first fakes nearly uniform grey, where tanh is steepest and passes the most gradient.
+    # first fakes nearly uniform grey, so that Hardtanh cuts off no pixel and passes every gradient.
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
 

@@ -32,7 +32,7 @@ def equal(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_every_grey_level_survives_the_way_to_the_range_of_tanh_and_back():
+def test_every_grey_level_survives_the_way_to_the_range_of_the_generator_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
     images = from_pixels(levels)
     assert images.min() == -1 and images.max() == 1
@@ -50,7 +50,7 @@ def test_latent_is_a_one_hot_category_beside_normal_noise():
 
 
 @pytest.mark.parametrize("count", [1, 7, 64])
-def test_latents_become_images_in_the_range_of_tanh_and_images_become_logits(networks, count):
+def test_latents_become_images_in_the_range_of_real_ones_and_images_become_logits(networks, count):
     generator, discriminator = networks
     generator.eval()
     images = generator(1e5 * sample_latent(count))

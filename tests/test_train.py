@@ -121,7 +121,7 @@ def test_terminal_shows_a_bar_with_speed_time_left_and_losses(cli, data, tmp_pat
     assert re.search(r"epoch 1/1: .*\[\d+:\d+<\d+:\d+, .*step/s, d_loss .*, g_loss .*\]", err)
 
 
-def test_epoch_shows_each_image_once_in_the_range_of_tanh_and_logs_mean_losses(
+def test_epoch_shows_each_image_once_in_the_range_of_fakes_and_logs_mean_losses(
         data, tmp_path, monkeypatch):
     batches, steps, losses = [], [], []
     original = train.adversarial_step
