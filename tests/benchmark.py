@@ -53,7 +53,10 @@ EXPERIMENTS = {
          "average.load_state_dict(generator.state_dict())"),
     ],
     "longer running average": [
-        ("gan.py", "AVERAGE_K = 40 ", "AVERAGE_K = 10 "),
+        ("gan.py", "AVERAGE_K = 40 ", "AVERAGE_K = 20 "),
+    ],
+    "tanh": [
+        ("gan.py", "nn.Hardtanh(),", "nn.Tanh(),"),
     ],
     "real images from 0 to 1": [
         ("gan.py", "pixels.float() / 127.5 - 1", "pixels.float() / 255"),
