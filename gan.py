@@ -39,10 +39,10 @@ def to_pixels(images):
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
-N_CATEGORIES = 10     # as many as there are digits
-NOISE_DIM = 54
+N_CATEGORIES = 10     # each image has a category; there are as many as digits
+NOISE_DIM = 54        # each image also has noise; DCGAN has 100 numbers of it, and no category
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
-CATEGORY_SCALE = 4.0  # with 100, G ignores the noise and draws only ten images (README)
+CATEGORY_SCALE = 4.0  # marks the category; with 100, G ignores the noise (README, "Mode collapse")
 
 
 def sample_latent(count, device="cpu", random=None):
@@ -92,7 +92,7 @@ class Generator(nn.Module):
 
             # A transposed convolution is a learned upsampling layer. Each input pixel adds a copy
             # of the kernel, multiplied by the pixel, to the output. The copies are `stride` pixels
-            # apart. Without `output_padding`, only an odd kernel size makes 7 pixels of 4.
+            # apart. Without `output_padding`, only an odd kernel size turns 4 pixels into 7.
             # A bias is not needed, because batch norm subtracts the mean, and the bias with it.
             nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),  # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
@@ -225,8 +225,8 @@ def r1_penalty(discriminator, real):
     # The penalty favours a D whose logit is flat at real images.
     real = real.detach().requires_grad_()  # a new tensor, so that the caller's does not change
     logits = discriminator(real)
-    # The gradient of the sum would contain each image's own gradient if an image influenced only
-    # its own logit. Batch norm links the images of a batch, so this penalty is only similar to R1.
+    # The gradient of the sum is each image's own gradient only if no image influences the logit of
+    # another one. Batch norm links the images of a batch, so this penalty is only similar to R1.
     # create_graph is needed because D's update differentiates this gradient once more.
     gradient = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]  # (N, 1, 28, 28)
     squared_length = gradient.square().sum(dim=(1, 2, 3))                     # (N,)
@@ -257,7 +257,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     # that behaves differently from the one that was trained.
     real_logits = discriminator(real)                                         # (N,)
     # detach() stops the gradient at the fakes, because this loss is for D alone. Without it,
-    # backward() would run on through G, and free the graph of `fake` that G's update still needs.
+    # backward() would run on through G, and free the graph of `fake`. In G's update, PyTorch would
+    # then report "Trying to backward through the graph a second time".
     fake_logits = discriminator(fake.detach())                                # (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
     penalty = 0.0
@@ -271,7 +272,10 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     d_optimizer.step()
 
     # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. The same fakes can be used
-    # again, because G has not changed. D has changed, so it must be applied again.
+    # again, because G has not changed. D has changed, so it must be applied again. `fake_logits`
+    # would not do: detach() has cut its path to G, and G would learn nothing, without an error.
+    # Without detach() and with retain_graph=True, PyTorch would report that a weight "has been
+    # modified by an inplace operation": D's update has changed a weight that this path needs.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     # `inputs` leaves the gradients of D's weights out, because only G is updated.
@@ -299,8 +303,8 @@ def update_average(average, generator, step):
     # weights keep moving around a good solution. Their average is closer to it (Yazıcı et al. 2018,
     # arxiv.org/abs/1806.04498).
     # The average moves towards the newest weights by a fraction that is 1 in step 1 and then falls
-    # (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). In a long run, the last tenth of the steps
-    # so far has 98 % of the weight. The usual exponential average has a constant fraction, which
+    # (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). After a long run, the last tenth of its
+    # steps has 98 % of the weight. The usual exponential average has a constant fraction, which
     # must be chosen to suit the length of the run.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
     # The buffers are the running statistics of batch norm. They are averaged too, so that they fit

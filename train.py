@@ -56,7 +56,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     torch.manual_seed(seed)
     generator = Generator().to(device, memory_format=memory_format(device))
     discriminator = Discriminator().to(device, memory_format=memory_format(device))
-    average = copy.deepcopy(generator).eval()
+    average = copy.deepcopy(generator).eval()  # the running average; the samples come from it
     g_optimizer = make_optimizer(generator, settings["lr"])
     d_optimizer = make_optimizer(discriminator, settings["lr"])
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
@@ -82,6 +82,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
         # resumed run therefore continues with the same random numbers as an uninterrupted one.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
+        # Steps are counted over all epochs, because the penalty and the average depend on them.
         first_step = (epoch - 1) * steps_per_epoch + 1
         last_step = epoch * steps_per_epoch
         epoch_losses, row_losses = [], []

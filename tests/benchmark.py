@@ -58,9 +58,6 @@ EXPERIMENTS = {
     "tanh": [
         ("gan.py", "nn.Hardtanh(),", "nn.Tanh(),"),
     ],
-    "real images from 0 to 1": [
-        ("gan.py", "pixels.float() / 127.5 - 1", "pixels.float() / 255"),
-    ],
     "real images from 0 to 255": [
         ("gan.py", "pixels.float() / 127.5 - 1", "pixels.float()"),
     ],

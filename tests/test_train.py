@@ -433,6 +433,19 @@ def test_images_are_found_compressed_or_not_and_nothing_is_written(tmp_path, nam
     assert contents(tmp_path) == {path: content}
 
 
+def test_folder_of_pictures_becomes_a_data_set_as_the_readme_says(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("my-images").mkdir()
+    for number, image in enumerate(blobs(3)):
+        large = Image.fromarray(image.numpy()).resize((56, 56), Image.Resampling.NEAREST)
+        large.convert("RGB").save(f"my-images/{number}.png")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Your own images")[2].partition("\n## ")[0]
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
+    difference = train.load_images(tmp_path).int() - blobs(3).unsqueeze(1)
+    assert difference.abs().float().mean() < 8
+
+
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"])
 @pytest.mark.parametrize("content", [
     b"", b"These are no images.", idx(blobs(9))[:-1], idx(blobs(9)) + b"\n", idx(blobs(9))[:10],
