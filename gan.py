@@ -17,7 +17,7 @@ respect to the pixels of a fake. This gradient shows how each pixel would have t
 rate the fake as more real.
 
 If the fakes have exactly the distribution of the real images, G is at its optimum, and the best
-possible D outputs 1/2 for every image (Theorem 1). In practice, training does not get there.
+possible D outputs 1/2 for every image (their Theorem 1). In practice, training does not get there.
 
 Read this file from top to bottom. A comment such as # (N, 1, 28, 28) gives the shape of a result,
 where N is the number of images in the batch.
@@ -40,7 +40,7 @@ def to_pixels(images):
 
 
 N_CATEGORIES = 10     # each image has a category; there are as many as digits
-NOISE_DIM = 54        # each image also has noise; DCGAN has 100 numbers of it, and no category
+NOISE_DIM = 54        # each image also has noise
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
 CATEGORY_SCALE = 4.0  # marks the category; with 100, G ignores the noise (README, "Mode collapse")
 
@@ -62,7 +62,7 @@ def sample_latent(count, device="cpu", random=None):
     # few similar ones. InfoGAN adds a loss that makes the category recognisable in the image (Chen
     # et al. 2016, arxiv.org/abs/1606.03657).
     one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
-    # The noise is drawn from a standard normal distribution. It varies the digit.
+    # The noise varies the digit within a category.
     noise = torch.randn(count, NOISE_DIM, device=device, generator=random)              # (N, 54)
     return torch.cat([CATEGORY_SCALE * one_hot, noise], dim=1)                          # (N, 64)
 
@@ -77,8 +77,7 @@ class Generator(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             # Each entry of z adds its own pattern to 128 feature maps of 4x4 pixels. A bias is not
-            # needed: one entry of the category is always CATEGORY_SCALE, so its weights add a
-            # constant.
+            # needed: one entry of the category is always CATEGORY_SCALE, so its weights act as one.
             nn.Linear(LATENT_DIM, 128 * 4 * 4, bias=False),                   # (N, 2048)
             nn.Unflatten(1, (128, 4, 4)),                                     # (N, 128, 4, 4)
             # Batch norm normalises each channel to mean 0 and variance 1 over all pixels of the
@@ -92,7 +91,8 @@ class Generator(nn.Module):
 
             # A transposed convolution is a learned upsampling layer. Each input pixel adds a copy
             # of the kernel, multiplied by the pixel, to the output. The copies are `stride` pixels
-            # apart. Without `output_padding`, only an odd kernel size turns 4 pixels into 7.
+            # apart. With stride 2 and no `output_padding`, only an odd kernel size turns 4 pixels
+            # into 7.
             # A bias is not needed, because batch norm subtracts the mean, and the bias with it.
             nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),  # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
@@ -100,19 +100,19 @@ class Generator(nn.Module):
 
             # Kernel size 4 is a multiple of the stride, so the same number of copies overlaps at
             # every pixel inside. With size 3 or 5 this number alternates, and the image can show a
-            # checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). After
-            # size 3 above, two layers follow that can weaken it.
+            # checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). The
+            # uneven overlap of the layer above is not visible in the digits.
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
             nn.BatchNorm2d(32),
             nn.ReLU(),
 
             # Batch norm here would force the same brightness and contrast on every batch.
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),                # (N, 1, 28, 28)
-            # Hardtanh cuts the output off at -1 and 1, the ends of the range of real images. Tanh,
-            # which DCGAN uses here, only approaches them. Its gradient vanishes on the way, so the
-            # background of a digit, which should be -1, stays slightly grey. The gradient of
-            # Hardtanh is 0 for a value that was cut off. That value can still return, because the
-            # kernel also makes other pixels, and learns from those.
+            # Hardtanh cuts the output off at -1 and 1, the ends of the range of real images. The
+            # gradient of tanh, which DCGAN uses here (section 3), shrinks towards the ends. A
+            # background of exactly -1 is then learned slowly, and stays slightly grey
+            # (results/README.md). With Hardtanh, a value that was cut off has the gradient 0. It
+            # can still return, because all pixels and images share the weights of G.
             nn.Hardtanh(),
         )
         self.apply(init_weights)
@@ -146,9 +146,9 @@ class Discriminator(nn.Module):
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
 
-            # Stride 1 keeps the size. This layer widens the view of the next one: there, each value
-            # depends on 26x26 pixels, nearly the whole image. Without this one, it would be 18x18.
-            # (At the border, some of these pixels are padding.)
+            # Stride 1 keeps the size. This layer widens the view of the next one: there, a value
+            # depends on 26x26 pixels. Without this one, it would be 18x18. Some of these pixels are
+            # padding: of the image itself, a value sees 23x23 pixels at most.
             nn.Conv2d(32, 96, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
             nn.BatchNorm2d(96),
             nn.LeakyReLU(0.2),
@@ -175,8 +175,9 @@ def init_weights(module):
 
     `apply` calls this function for every layer. Other layers keep PyTorch's initialisation.
     """
-    # Small weights matter most in G's last convolution, which no batch norm follows. They make the
-    # first fakes nearly uniform grey, so that Hardtanh cuts off no pixel and passes every gradient.
+    # Small weights matter in G's last convolution, which no batch norm follows. They keep the first
+    # fakes between -1 and 1, so that Hardtanh passes every gradient. With PyTorch's initialisation,
+    # it would cut off a third of the pixels.
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
@@ -201,16 +202,16 @@ def generator_loss(fake_logits):
     """
     # To minimise V itself, G would minimise log(1 - D(G(z))). Both losses fall as D(G(z)) rises.
     # They differ in their derivative with respect to the logit: it is -D for log(1 - D), and
-    # -(1 - D) for -log D. Early in training, D recognises nearly every fake, so D(G(z)) is near 0.
-    # The first derivative is then near 0 too: that loss "saturates", and G learns very little from
-    # the fakes that need it most. The second one is near -1 for the same fakes. Goodfellow et al.
-    # therefore use -log D (end of section 3), which was later called the "non-saturating" loss. It
-    # is BCE with the label of real images.
+    # -(1 - D) for -log D. Early in training, D can recognise nearly every fake, so that D(G(z)) is
+    # near 0. The first derivative is then near 0 too: that loss "saturates", and G learns very
+    # little from the fakes that need it most. The second one is near -1 for the same fakes.
+    # Goodfellow et al. therefore use -log D (end of section 3), which was later called the
+    # "non-saturating" loss. It is BCE with the label of real images.
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
-R1_GAMMA = 0.03   # the weight of the penalty
+R1_GAMMA = 0.03   # the penalty has half this weight
 R1_INTERVAL = 16  # the number of steps from one penalty to the next
 
 
@@ -234,7 +235,7 @@ def r1_penalty(discriminator, real):
 
 
 def make_optimizer(network, lr):
-    """Create the Adam optimizer of one network. Each network minimises its own loss."""
+    """Create the Adam optimizer of one network."""
     # With Adam's usual beta1 = 0.9, an update averages the gradients of about ten steps. But the
     # other network changes in every step, so old gradients can point in a wrong direction. DCGAN
     # found that 0.9 made training oscillate, and that 0.5, about two steps, helped (section 4).
@@ -273,9 +274,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 
     # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. The same fakes can be used
     # again, because G has not changed. D has changed, so it must be applied again. `fake_logits`
-    # would not do: detach() has cut its path to G, and G would learn nothing, without an error.
-    # Without detach() and with retain_graph=True, PyTorch would report that a weight "has been
-    # modified by an inplace operation": D's update has changed a weight that this path needs.
+    # cannot be used: detach() has cut its path to G. G would learn nothing, and with `inputs`, as
+    # below, no error would say so.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     # `inputs` leaves the gradients of D's weights out, because only G is updated.
@@ -304,8 +304,8 @@ def update_average(average, generator, step):
     # arxiv.org/abs/1806.04498).
     # The average moves towards the newest weights by a fraction that is 1 in step 1 and then falls
     # (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). After a long run, the last tenth of its
-    # steps has 98 % of the weight. The usual exponential average has a constant fraction, which
-    # must be chosen to suit the length of the run.
+    # steps has more than 98 % of the weight. The usual exponential average has a constant fraction,
+    # which must be chosen to suit the length of the run.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
     # The buffers are the running statistics of batch norm. They are averaged too, so that they fit
     # the averaged weights.
@@ -322,8 +322,7 @@ def generate(generator, z):
     device = next(generator.parameters()).device
     was_training = generator.training
     # In training mode, batch norm would use the mean and variance of this batch, and each digit
-    # would depend on the others. eval() makes it use the running mean and variance, which it has
-    # kept during training.
+    # would depend on the others. eval() makes it use its running mean and variance instead.
     images = generator.eval()(z.to(device))                                   # (N, 1, 28, 28)
     generator.train(was_training)
     return to_pixels(images).cpu()

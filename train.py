@@ -53,7 +53,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     images = images.to(device)                                        # uint8 (60000, 1, 28, 28)
     steps_per_epoch = len(images) // batch_size  # images that do not fill a batch are left out
 
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for the first weights; each epoch has a seed of its own
     generator = Generator().to(device, memory_format=memory_format(device))
     discriminator = Discriminator().to(device, memory_format=memory_format(device))
     average = copy.deepcopy(generator).eval()  # the running average; the samples come from it
