@@ -40,9 +40,9 @@ def to_pixels(images):
 
 
 N_CATEGORIES = 10     # each image has a category; there are as many as digits
-NOISE_DIM = 54        # each image also has noise
+NOISE_DIM = 54        # each image also has noise; other sizes were not compared
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
-CATEGORY_SCALE = 4.0  # marks the category; with 100, G ignores the noise (README, "Mode collapse")
+CATEGORY_SCALE = 4.0  # the category's entry; with 100, G ignores the noise (README, "Mode collapse")
 
 
 def sample_latent(count, device="cpu", random=None):
@@ -77,13 +77,13 @@ class Generator(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             # Each entry of z adds its own pattern to 128 feature maps of 4x4 pixels. A bias is not
-            # needed: one entry of the category is always CATEGORY_SCALE, so its weights act as one.
+            # needed: one entry of the category is always CATEGORY_SCALE; its weights act as a bias.
             nn.Linear(LATENT_DIM, 128 * 4 * 4, bias=False),                   # (N, 2048)
             nn.Unflatten(1, (128, 4, 4)),                                     # (N, 128, 4, 4)
             # Batch norm normalises each channel to mean 0 and variance 1 over all pixels of the
-            # batch, and then applies a learned scale and shift. DCGAN found it critical to keep G
-            # from drawing the same image for every z (Radford et al. 2015,
-            # arxiv.org/abs/1511.06434, section 3).
+            # batch, and then applies a learned scale and shift. The authors of DCGAN, the
+            # convolutional GAN of most tutorials, found it critical to keep G from drawing the same
+            # image for every z (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3).
             nn.BatchNorm2d(128),
             # DCGAN uses ReLU in G (section 3). ReLU passes no gradient where its input is negative.
             # A weight still learns from the images of the batch for which the input is positive.
@@ -132,8 +132,8 @@ class Discriminator(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             # Stride 2 halves the height and width. DCGAN uses strides in place of pooling, so that
-            # D learns its own way to shrink an image (section 3). Batch norm begins in the second
-            # layer, because DCGAN became unstable with batch norm in every layer.
+            # D learns its own way to shrink an image (section 3). DCGAN became unstable with batch
+            # norm in every layer, and left it out here and in G's last layer.
             nn.Conv2d(1, 16, 4, stride=2, padding=1),                         # (N, 16, 14, 14)
             # Where its input is negative, LeakyReLU(0.2) passes a fifth of the gradient. ReLU would
             # pass none, and that part of the gradient would not reach the pixels of a fake.
@@ -147,8 +147,7 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
 
             # Stride 1 keeps the size. This layer widens the view of the next one: there, a value
-            # depends on 26x26 pixels. Without this one, it would be 18x18. Some of these pixels are
-            # padding: of the image itself, a value sees 23x23 pixels at most.
+            # depends on 26x26 pixels (some of them are padding) and not only on 18x18.
             nn.Conv2d(32, 96, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
             nn.BatchNorm2d(96),
             nn.LeakyReLU(0.2),
@@ -206,12 +205,13 @@ def generator_loss(fake_logits):
     # near 0. The first derivative is then near 0 too: that loss "saturates", and G learns very
     # little from the fakes that need it most. The second one is near -1 for the same fakes.
     # Goodfellow et al. therefore use -log D (end of section 3), which was later called the
-    # "non-saturating" loss. It is BCE with the label of real images.
+    # "non-saturating" loss. It is BCE with the label of real images. In this program, where R1
+    # limits D, the difference is small (README, "Experiments").
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
-R1_GAMMA = 0.03   # the penalty has half this weight
+R1_GAMMA = 0.03   # called gamma in the paper
 R1_INTERVAL = 16  # the number of steps from one penalty to the next
 
 
@@ -278,7 +278,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     # below, no error would say so.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
-    # `inputs` leaves the gradients of D's weights out, because only G is updated.
+    # D passes the gradient on to the fakes. `inputs` leaves the gradients of D's own weights out,
+    # because only G is updated.
     g_loss.backward(inputs=list(generator.parameters()))
     g_optimizer.step()
 

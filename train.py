@@ -26,7 +26,7 @@ from sample import save_grid
 
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 DEFAULTS = {
-    "epochs": 12,
+    "epochs": 10,
     "batch_size": 64,
     "lr": 0.001,   # DCGAN uses 0.0002 for its larger networks
     "seed": 0,
@@ -67,7 +67,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     else:
         epochs_done, log = 0, ""
         claim(out)
-    weights = [*generator.parameters(), *discriminator.parameters()]
+    # The same z after each epoch: the pictures in samples/ differ only because G has changed.
     fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
     # Save now, so that a run can be resumed even if it stops in its first epoch, and so that a
     # resumed run keeps a new --epochs or --data. epoch_0000.png shows an untrained generator.
@@ -77,9 +77,11 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
     print(f"training on {device} for {epochs} epochs of {steps_per_epoch} steps; weights: "
           f"{g_size:,} in G, {d_size:,} in D", flush=True)
 
+    weights = [*generator.parameters(), *discriminator.parameters()]
     for epoch in range(epochs_done + 1, epochs + 1):
         # This seed alone determines the order of the images and the latent vectors of an epoch. A
-        # resumed run therefore continues with the same random numbers as an uninterrupted one.
+        # resumed run therefore continues with the same random numbers as an uninterrupted one. The
+        # factor keeps runs with neighbouring seeds from sharing the seed of an epoch.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         # Steps are counted over all epochs, because the penalty and the average depend on them.
