@@ -42,7 +42,7 @@ def to_pixels(images):
 N_CATEGORIES = 10     # each image has a category; there are as many as digits
 NOISE_DIM = 54        # each image also has noise; other sizes were not compared
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
-CATEGORY_SCALE = 4.0  # the category's entry; with 100, G ignores the noise (README, "Mode collapse")
+CATEGORY_SCALE = 4.0  # the category's entry; with 100, G ignores the noise (see README)
 
 
 def sample_latent(count, device="cpu", random=None):
