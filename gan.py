@@ -205,8 +205,8 @@ def generator_loss(fake_logits):
     # near 0. The first derivative is then near 0 too: that loss "saturates", and G learns very
     # little from the fakes that need it most. The second one is near -1 for the same fakes.
     # Goodfellow et al. therefore use -log D (end of section 3), which was later called the
-    # "non-saturating" loss. It is BCE with the label of real images. In this program, where R1
-    # limits D, the difference is small (README, "Experiments").
+    # "non-saturating" loss. It is BCE with the label of real images. In this program, the
+    # saturating loss was worse in one of three runs (README, "Experiments").
     real_labels = torch.ones_like(fake_logits)
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
