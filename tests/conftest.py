@@ -1,5 +1,6 @@
 """What the tests share: a little made-up data, and a way to call a script with arguments."""
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def idx(images):
     """Return the bytes of an IDX file, the format of MNIST."""
     sizes = b"".join(size.to_bytes(4, "big") for size in images.shape)
     return bytes([0, 0, 8, images.ndim]) + sizes + images.numpy().tobytes()
+
+
+def readme_code(section):
+    """Return the blocks of Python code in a section of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition(f"## {section}")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
 def contents(folder):

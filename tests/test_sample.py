@@ -15,7 +15,7 @@ from PIL import Image
 import benchmark
 import sample
 import train
-from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx
+from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx, readme_code
 from gan import N_CATEGORIES, Generator, generate, sample_latent
 
 
@@ -160,9 +160,7 @@ def test_shipped_generator_is_taken_until_there_is_a_run_of_ones_own(cli):
 def test_cells_of_the_readme_run_in_a_notebook(monkeypatch, tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(blobs(130)))  # in place of MNIST
     monkeypatch.setattr(train, "SHIPPED_DATA", tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## In a notebook")[2].partition("\n## ")[0]
-    cells = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    cells = readme_code("In a notebook")
     assert len(cells) >= 3
     names = {}
     for cell in cells:

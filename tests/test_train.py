@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import train
-from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx
+from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx, readme_code
 from gan import InputError, from_pixels
 from plot_losses import COLUMNS, read_log
 
@@ -439,9 +439,7 @@ def test_folder_of_pictures_becomes_a_data_set_as_the_readme_says(monkeypatch, t
     for number, image in enumerate(blobs(3)):
         large = Image.fromarray(image.numpy()).resize((56, 56), Image.Resampling.NEAREST)
         large.convert("RGB").save(f"my-images/{number}.png")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## Your own images")[2].partition("\n## ")[0]
-    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
+    exec(readme_code("Your own images")[0], {})
     difference = train.load_images(tmp_path).int() - blobs(3).unsqueeze(1)
     assert difference.abs().float().mean() < 8
 
