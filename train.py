@@ -186,7 +186,7 @@ def prepare_run(out, given, resume):
         if value is not None:
             # load_checkpoint refuses NumPy's numbers, so each becomes one of the default's type.
             settings[name] = type(DEFAULTS[name])(value)
-            require(name not in ("epochs", "batch_size", "seed") or settings[name] == value,
+            require(not isinstance(DEFAULTS[name], int) or settings[name] == value,
                     f"{option(name)} {value}: use a whole number")
     images = load_images(settings["data"] or SHIPPED_DATA)
     settings["images"] = f"{len(images)} {zlib.crc32(images.numpy())}"
