@@ -157,8 +157,8 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
 
             # A logit is an unbounded number, and not yet a probability. In float32, the sigmoid of
-            # a logit of 17 or more is exactly 1, and log(1 - D) would be minus infinity. The losses
-            # below take logits, and they stay finite.
+            # a logit of 17 or more is exactly 1, and its derivative is 0, so that no gradient would
+            # pass it. The losses below take logits and do not have this flaw.
             nn.Flatten(),                                                     # (N, 3072)
             nn.Linear(192 * 4 * 4, 1),                                        # (N, 1)
             nn.Flatten(0),                                                    # (N,)
@@ -199,15 +199,16 @@ def generator_loss(fake_logits):
 
     If D outputs 0.5 for every fake, the loss is log 2 = 0.693.
     """
+    # G wants D to rate its fakes as real, so it is trained with the label of real images.
+    real_labels = torch.ones_like(fake_logits)
     # To minimise V itself, G would minimise log(1 - D(G(z))). Both losses fall as D(G(z)) rises.
     # They differ in their derivative with respect to the logit: it is -D for log(1 - D), and
     # -(1 - D) for -log D. Early in training, D can recognise nearly every fake, so that D(G(z)) is
     # near 0. The first derivative is then near 0 too: that loss "saturates", and G learns very
     # little from the fakes that need it most. The second one is near -1 for the same fakes.
     # Goodfellow et al. therefore use -log D (end of section 3), which was later called the
-    # "non-saturating" loss. It is BCE with the label of real images. In this program, the
-    # saturating loss was worse in one of three runs (README, "Experiments").
-    real_labels = torch.ones_like(fake_logits)
+    # "non-saturating" loss. In this program, the saturating loss was much worse in one of three
+    # runs (README, "Experiments").
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
@@ -273,9 +274,9 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     d_optimizer.step()
 
     # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. The same fakes can be used
-    # again, because G has not changed. D has changed, so it must be applied again. `fake_logits`
-    # cannot be used: detach() has cut its path to G. G would learn nothing, and with `inputs`, as
-    # below, no error would say so.
+    # again, because G has not changed. D has changed, so it must be applied again. With
+    # `fake_logits`, G would learn nothing, and no error would say so: detach() has cut the path
+    # from these logits to G.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     # D passes the gradient on to the fakes. `inputs` leaves the gradients of D's own weights out,
