@@ -316,8 +316,9 @@ def main():
     except KeyboardInterrupt:
         advice = "nothing was saved yet; begin again, with another --out if this one is refused"
         if (Path(out) / "checkpoint.pt").exists():
-            advice = (f"continue with: python train.py --resume --device {arguments.device} "
-                      f"--out {shlex.quote(out)}")
+            advice = "continue with: python train.py " + shlex.join(sys.argv[1:])
+            if not arguments.resume:
+                advice += " --resume"
         print(f"train.py: stopped; {advice}", file=sys.stderr)
         sys.exit(130)
     except (OSError, InputError, FloatingPointError) as error:

@@ -192,6 +192,16 @@ def test_longer_run_that_is_stopped_keeps_its_new_length(cli, short, straight, m
     assert_same_run(short, straight[0])
 
 
+def test_longer_run_that_is_stopped_as_it_begins_is_continued_by_the_printed_command(
+        cli, short, straight, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_images", fail(KeyboardInterrupt))
+        status, _, err = cli(train, "--resume", "--epochs", 3, "--out", short, "--device", "cpu")
+    command = shlex.split(err.partition("python train.py ")[2])
+    assert status == 130 and cli(train, *command)[0] == 0
+    assert_same_run(short, straight[0])
+
+
 def test_mistake_in_an_edited_network_keeps_its_traceback(cli, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "adversarial_step", fail(ValueError("expected 4D input")))
     with pytest.raises(ValueError, match="expected 4D input"):
