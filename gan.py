@@ -77,7 +77,7 @@ class Generator(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             # Each entry of z adds its own pattern to 128 feature maps of 4x4 pixels. A bias is not
-            # needed: one entry of the category is always CATEGORY_SCALE; its weights act as a bias.
+            # needed: exactly one entry of the category is not 0, and its weights act as a bias.
             nn.Linear(LATENT_DIM, 128 * 4 * 4, bias=False),                   # (N, 2048)
             nn.Unflatten(1, (128, 4, 4)),                                     # (N, 128, 4, 4)
             # Batch norm normalises each channel to mean 0 and variance 1 over all pixels of the
@@ -91,8 +91,8 @@ class Generator(nn.Module):
 
             # A transposed convolution is a learned upsampling layer. Each input pixel adds a copy
             # of the kernel, multiplied by the pixel, to the output. The copies are `stride` pixels
-            # apart. With stride 2 and no `output_padding`, only an odd kernel size turns 4 pixels
-            # into 7.
+            # apart, and `padding` pixels are cut off at each edge: (4 - 1) * 2 + 3 - 2 * 1 = 7. An
+            # even kernel size would give an even number of pixels.
             # A bias is not needed, because batch norm subtracts the mean, and the bias with it.
             nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),  # (N, 64, 7, 7)
             nn.BatchNorm2d(64),
@@ -186,6 +186,8 @@ def discriminator_loss(real_logits, fake_logits):
 
     Takes logits (N,). If D outputs 0.5 for every image, the loss is 2 log 2 = 1.386.
     """
+    # Labels must have the shape of the logits. For another shape, PyTorch reports "Target size (...)
+    # must be the same as input size (...)".
     real_labels = torch.ones_like(real_logits)
     fake_labels = torch.zeros_like(fake_logits)
     # Binary cross-entropy (BCE) is -log D for the label 1 and -log(1 - D) for the label 0.
