@@ -40,7 +40,7 @@ def to_pixels(images):
 
 
 N_CATEGORIES = 10     # each image has a category; there are as many as digits
-NOISE_DIM = 54        # each image also has noise; other sizes were not compared
+NOISE_DIM = 54        # each image also has noise
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
 CATEGORY_SCALE = 4.0  # the category's entry; with 100, G ignores the noise (see README)
 
@@ -53,9 +53,9 @@ def sample_latent(count, device="cpu", random=None):
     PyTorch's default source.
     """
     # Most GANs use noise only. But a network is continuous: if z changes gradually, the image does
-    # too. Slant and stroke width vary gradually, but one digit does not change into another like
-    # that: between a 3 and a 0, G would have to draw images that are neither (Khayatkhoei et al.
-    # 2018, arxiv.org/abs/1806.00880). With a category, the latent space has ten separate parts.
+    # too. Slant and stroke width vary gradually, but most digits do not change into one another
+    # like that: between a 3 and a 0, G would have to draw images that are neither (Khayatkhoei et
+    # al. 2018, arxiv.org/abs/1806.00880). With a category, the latent space has ten separate parts.
     category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
     # The number becomes a "one-hot" vector: its entry is 1, and the other nine are 0. No label and
     # no loss ties a category to a digit. Most categories nevertheless come to draw one digit, or a
@@ -110,7 +110,7 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),                # (N, 1, 28, 28)
             # Hardtanh cuts the output off at -1 and 1, the ends of the range of real images. The
             # gradient of tanh, which DCGAN uses here (section 3), shrinks towards the ends. A
-            # background of exactly -1 is then learned slowly, and stays slightly grey
+            # background of exactly -1 is then learned slowly, and part of it stays slightly grey
             # (results/README.md). With Hardtanh, a value that was cut off has the gradient 0. It
             # can still return, because all pixels and images share the weights of G.
             nn.Hardtanh(),
@@ -175,8 +175,8 @@ def init_weights(module):
     `apply` calls this function for every layer. Other layers keep PyTorch's initialisation.
     """
     # Small weights matter in G's last convolution, which no batch norm follows. They keep the first
-    # fakes between -1 and 1, so that Hardtanh passes every gradient. With PyTorch's initialisation,
-    # it would cut off a third of the pixels.
+    # fakes between -1 and 1, so that Hardtanh passes nearly every gradient. With PyTorch's
+    # initialisation, it would cut off a third of the pixels.
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
@@ -186,7 +186,7 @@ def discriminator_loss(real_logits, fake_logits):
 
     Takes logits (N,). If D outputs 0.5 for every image, the loss is 2 log 2 = 1.386.
     """
-    # Labels must have the shape of the logits. For another shape, PyTorch reports "Target size (...)
+    # The labels need the shape of the logits. For another shape, PyTorch reports "Target size (...)
     # must be the same as input size (...)".
     real_labels = torch.ones_like(real_logits)
     fake_labels = torch.zeros_like(fake_logits)
@@ -209,8 +209,8 @@ def generator_loss(fake_logits):
     # near 0. The first derivative is then near 0 too: that loss "saturates", and G learns very
     # little from the fakes that need it most. The second one is near -1 for the same fakes.
     # Goodfellow et al. therefore use -log D (end of section 3), which was later called the
-    # "non-saturating" loss. In this program, the saturating loss was much worse in one of three
-    # runs (README, "Experiments").
+    # "non-saturating" loss. In this program, the saturating loss was better in two of three short
+    # runs, and much worse in the third (README, "Experiments").
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
@@ -267,7 +267,7 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     d_loss = discriminator_loss(real_logits, fake_logits)
     penalty = 0.0
     if step % R1_INTERVAL == 0:
-        # The penalty takes nearly as long as the rest of the step. It is therefore added in only
+        # The penalty takes about as long as the rest of the step. It is therefore added in only
         # one of R1_INTERVAL steps, with R1_INTERVAL times the weight. Karras et al. found that this
         # "lazy regularization" does no harm (2020, arxiv.org/abs/1912.04958, section 3.1).
         penalty = R1_INTERVAL * r1_penalty(discriminator, real)

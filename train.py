@@ -32,7 +32,7 @@ DEFAULTS = {
     "seed": 0,
     "data": "",    # SHIPPED_DATA, wherever this repository is
 }
-LOG_EVERY = 20     # the number of steps that a row of losses.csv averages, or fewer at the end
+LOG_EVERY = 20     # steps in a row of losses.csv; the last row of an epoch can have fewer
 
 
 def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=None, out="out",
@@ -128,7 +128,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=
 def memory_format(device):
     """Return the order in which weights and feature maps are stored in memory."""
     if device.type == "cpu":
-        # The channels of a pixel are adjacent, because convolutions are then faster on a CPU
+        # The channels of a pixel are adjacent, because convolutions are then faster on some CPUs
         # (results/README.md, "Speed").
         return torch.channels_last
     return torch.contiguous_format
