@@ -36,11 +36,13 @@ def from_pixels(pixels):
 
 def to_pixels(images):
     """Scale floats from -1 to 1 back to grey levels, uint8 from 0 to 255."""
+    # Image files store these. Functions such as torchvision's save_image expect floats from 0 to 1,
+    # and would make everything below 0 black.
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 N_CATEGORIES = 10     # each image has a category; there are as many as digits
-NOISE_DIM = 54        # each image also has noise
+NOISE_DIM = 54        # each image also has noise; DCGAN uses 100 numbers of noise only
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
 CATEGORY_SCALE = 4.0  # the category's entry; with 100, G ignores the noise (see README)
 

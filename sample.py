@@ -128,7 +128,7 @@ def parse_arguments():
                         help="random seed (default: %(default)s)")
     parser.add_argument("--category", type=int,
                         help=f"draw only this category, 0 to {N_CATEGORIES - 1}; most draw one "
-                             "digit each (default: all, at random)")
+                             "digit, or a few similar ones (default: all, at random)")
     parser.add_argument("--checkpoint",
                         help="a checkpoint.pt or generator.pt (default: out/generator.pt if it "
                              "exists, else results/generator.pt)")
