@@ -16,6 +16,11 @@ import time
 import zlib
 from pathlib import Path
 
+# On Linux, PyTorch's threads wait for one another in a busy loop. With the default length of this
+# loop, training is more than ten times slower while another program keeps one of the cores busy
+# (results/README.md, "Speed"). PyTorch reads the setting when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import torch
 from tqdm.auto import tqdm
 
