@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # before torch, because train.py sets how PyTorch's threads wait
 import numpy
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,6 @@ from torch import nn
 from torchvision.datasets import MNIST
 
 import gan
-import train
 from sample import SHIPPED_GENERATOR, load_generator, sample_digits, save_grid
 
 CACHE = Path(tempfile.gettempdir()) / "gan_benchmark_digit_classifier.pt"
