@@ -203,7 +203,7 @@ def generator_loss(fake_logits):
 
     If D outputs 0.5 for every fake, the loss is log 2 = 0.693.
     """
-    # G wants D to rate its fakes as real, so it is trained with the label of real images.
+    # G wants D to rate its fakes as real, so its labels are those of real images.
     real_labels = torch.ones_like(fake_logits)
     # To minimise V itself, G would minimise log(1 - D(G(z))). Both losses fall as D(G(z)) rises.
     # They differ in their derivative with respect to the logit: it is -D for log(1 - D), and
@@ -279,8 +279,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 
     # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. The same fakes can be used
     # again, because G has not changed. D has changed, so it must be applied again. With
-    # `fake_logits`, G would learn nothing, and no error would say so: detach() has cut the path
-    # from these logits to G.
+    # `fake_logits`, G would learn nothing, because detach() has cut the path from these logits to
+    # G. With `inputs`, as below, no error would say so.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     # D passes the gradient on to the fakes. `inputs` leaves the gradients of D's own weights out,
