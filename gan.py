@@ -1,120 +1,145 @@
-"""A generative adversarial network (GAN) for 28x28 grey images, from scratch.
+"""A generative adversarial network (GAN) for small images such as MNIST's digits, from scratch.
 
 Two networks are trained against each other (Goodfellow et al. 2014, arxiv.org/abs/1406.2661):
 
     The generator G turns random numbers z into an image G(z). Such an image is called a fake.
     The discriminator D looks at an image x and outputs D(x), the probability that x is real.
 
-D learns to tell real images from fakes. G learns to make fakes that D rates as real. One value
-function expresses both goals (equation 1). E[...] is a mean, and log is the natural logarithm:
+D learns to tell real images from fakes. G learns to make fakes that D rates as real. One number
+measures how well D does (the value function, equation 1 of the paper):
 
     V(D, G) = E[ log D(x) ]  +  E[ log(1 - D(G(z))) ]
               real images x     random z
 
-D is trained to maximise V. G is trained to minimise it, with a variant of the second term (see
-generator_loss). G never receives a real image. It learns from the gradient of D's output with
-respect to the pixels of a fake. This gradient shows how each pixel would have to change for D to
-rate the fake as more real.
+Here E[...] is a mean, and log is the natural logarithm. D is trained to make V large. G is trained
+to make V small. (For G, the second term is replaced by a variant: see generator_loss.)
 
-If the fakes have exactly the distribution of the real images, G is at its optimum, and the best
-possible D outputs 1/2 for every image (their Theorem 1). In practice, training does not get there.
+G never receives a real image. It learns from D alone: from the gradient of D's output with respect
+to the pixels of a fake. This gradient says, for each pixel, whether the fake would look more real
+to D if the pixel were lighter or darker.
 
-Read this file from top to bottom. A comment such as # (N, 1, 28, 28) gives the shape of a result,
-where N is the number of images in the batch.
+If the fakes are distributed exactly like the real images, the best possible D outputs 1/2 for every
+image (Theorem 1 of the paper). In practice, training does not get there.
+
+Read this file from top to bottom. A comment such as # (N, 1, 28, 28) gives the shape of a result:
+N images with 1 channel (grey), 28 pixels high and 28 wide.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+# The number of colour channels: 1 for grey images, 3 for red, green and blue. The height and width
+# are not written anywhere. They follow from the layers of G, and must be those of the real images.
+CHANNELS = 1
+
 
 def from_pixels(pixels):
     """Scale grey levels, uint8 from 0 (black) to 255 (white), to floats from -1 to 1."""
-    # This is the range of G's output. If real images left it, D could recognise them by that alone.
-    # If they filled only a part of it, G would learn to draw digits on grey.
+    # This must be the range of G's output. If real images left it, D could recognise them by that
+    # alone. If they filled only a part of it, D could recognise fakes that leave this part.
     return pixels.float() / 127.5 - 1
 
 
 def to_pixels(images):
     """Scale floats from -1 to 1 back to grey levels, uint8 from 0 to 255."""
-    # Image files store these. Functions such as torchvision's save_image expect floats from 0 to 1,
-    # and would make everything below 0 black.
+    # This undoes from_pixels: whoever changes one of the two must change the other.
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
-N_CATEGORIES = 10     # each image has a category; there are as many as digits
-NOISE_DIM = 54        # each image also has noise; DCGAN uses 100 numbers of noise only
-LATENT_DIM = N_CATEGORIES + NOISE_DIM
-CATEGORY_SCALE = 4.0  # the category's entry; with 100, G ignores the noise (see README)
+N_CATEGORIES = 10     # as many as there are digits; with 0, z is noise only, as in most GANs
+NOISE_DIM = 54        # makes 64 numbers together, not tuned; DCGAN uses 100 numbers of noise
+CATEGORY_SCALE = 4.0  # weighs the category against the noise, see sample_latent
+LATENT_DIM = N_CATEGORIES + NOISE_DIM  # follows from the others; do not set it by itself
 
 
-def sample_latent(count, device="cpu", random=None):
+def sample_latent(count, device="cpu", random=None, category=None):
     """Draw `count` latent vectors z, the input of the generator, as floats (count, LATENT_DIM).
 
-    A latent vector consists of a category and noise. `random` is a torch.Generator on `device`. It
-    is a source of random numbers and has nothing to do with the class Generator below. None selects
-    PyTorch's default source.
+    A latent vector consists of a category, drawn at random, and noise. With `category`, from 0 to
+    N_CATEGORIES - 1, all have that one, and the same noise as without it. `random` is a
+    torch.Generator on `device`, which is PyTorch's name for a source of random numbers. It has
+    nothing to do with the class Generator below. None selects PyTorch's default source.
+
+    Raises InputError for a category that does not exist.
     """
+    if category is not None and not 0 <= category < N_CATEGORIES:
+        raise InputError(f"category {category}: gan.py has {N_CATEGORIES} categories, from 0 on")
     # Most GANs use noise only. But a network is continuous: if z changes gradually, the image does
-    # too. Slant and stroke width vary gradually, but most digits do not change into one another
-    # like that: between a 3 and a 0, G would have to draw images that are neither (Khayatkhoei et
-    # al. 2018, arxiv.org/abs/1806.00880). With a category, the latent space has ten separate parts.
-    category = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
-    # The number becomes a "one-hot" vector: its entry is 1, and the other nine are 0. No label and
-    # no loss ties a category to a digit. Most categories nevertheless come to draw one digit, or a
-    # few similar ones. InfoGAN adds a loss that makes the category recognisable in the image (Chen
-    # et al. 2016, arxiv.org/abs/1606.03657).
-    one_hot = F.one_hot(category, N_CATEGORIES)                                         # (N, 10)
-    # The noise varies the digit within a category.
-    noise = torch.randn(count, NOISE_DIM, device=device, generator=random)              # (N, 54)
-    return torch.cat([CATEGORY_SCALE * one_hot, noise], dim=1)                          # (N, 64)
+    # too. Slant and stroke width vary gradually. The kind of digit does not: on the way from a 3 to
+    # a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,
+    # arxiv.org/abs/1806.00880). A category makes the set of all z fall into separate parts.
+    one_hot = torch.zeros(count, 0, device=device)
+    if N_CATEGORIES > 0:
+        number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
+        if category is not None:
+            number.fill_(category)
+        # A network reads a category as a "one-hot" vector: one entry is 1, and the others are 0.
+        # No label and no loss ties a category to a digit. G finds it useful by itself to draw
+        # similar digits in one category. InfoGAN adds a loss for this (Chen et al. 2016,
+        # arxiv.org/abs/1606.03657), and calls the category a categorical latent code.
+        one_hot = F.one_hot(number, N_CATEGORIES)                             # (N, 10)
+    # The noise varies the digit within its category. Its distribution must be easy to draw from.
+    # Normal and uniform noise are both common; G learns to reshape either.
+    noise = torch.randn(count, NOISE_DIM, device=device, generator=random)    # (N, 54)
+    # The length of the noise is about 7, the root of 54. A category of length 1 would hardly count.
+    # Near 100, G would ignore the noise (README, "Mode collapse").
+    return torch.cat([CATEGORY_SCALE * one_hot, noise], dim=1)                # (N, 64)
+
+
+def split_latent(z):
+    """Split latent vectors (N, LATENT_DIM) into their category and their noise."""
+    return z.split([N_CATEGORIES, NOISE_DIM], dim=1)
 
 
 class Generator(nn.Module):
-    """Maps latent vectors z (N, LATENT_DIM) to images (N, 1, 28, 28) with values in [-1, 1].
+    """Maps latent vectors z (N, LATENT_DIM) to images (N, CHANNELS, 28, 28), values in [-1, 1].
 
-    It begins with many small feature maps, and upscales them step by step to one large image.
+    A feature map is a small image inside a network. G begins with many feature maps of 4x4 pixels,
+    and upscales them step by step to one large image.
     """
 
     def __init__(self):
         super().__init__()
+        # How many feature maps each layer makes. Halving them as the image grows follows DCGAN, the
+        # convolutional GAN of most tutorials (Radford et al. 2015, arxiv.org/abs/1511.06434). The
+        # numbers are chosen for speed on a laptop, and not tuned.
+        c1, c2, c3 = 128, 64, 32
         self.layers = nn.Sequential(
-            # Each entry of z adds its own pattern to 128 feature maps of 4x4 pixels. A bias is not
-            # needed: exactly one entry of the category is not 0, and its weights act as a bias.
-            nn.Linear(LATENT_DIM, 128 * 4 * 4, bias=False),                   # (N, 2048)
-            nn.Unflatten(1, (128, 4, 4)),                                     # (N, 128, 4, 4)
-            # Batch norm normalises each channel to mean 0 and variance 1 over all pixels of the
-            # batch, and then applies a learned scale and shift. The authors of DCGAN, the
-            # convolutional GAN of most tutorials, found it critical to keep G from drawing the same
-            # image for every z (Radford et al. 2015, arxiv.org/abs/1511.06434, section 3).
-            nn.BatchNorm2d(128),
-            # DCGAN uses ReLU in G (section 3). ReLU passes no gradient where its input is negative.
-            # A weight still learns from the images of the batch for which the input is positive.
+            # Each entry of z adds its own pattern to the feature maps. There is no bias: exactly
+            # one entry of the category is not 0, and its pattern acts as a bias.
+            nn.Linear(LATENT_DIM, c1 * 4 * 4, bias=False),                    # (N, 2048)
+            nn.Unflatten(1, (c1, 4, 4)),                                      # (N, 128, 4, 4)
+            # Batch norm takes all values of one feature map in a batch, scales them to mean 0 and
+            # variance 1, and applies a learned scale and shift. DCGAN found it critical to keep G
+            # from drawing the same image for every z (section 3).
+            nn.BatchNorm2d(c1),
+            nn.ReLU(),  # as in DCGAN (section 3)
+
+            # A transposed convolution is a learned way to enlarge an image. Each input pixel puts a
+            # copy of the 3x3 kernel, times its value, into the output. The copies lie `stride`
+            # pixels apart and are added where they overlap. `padding` pixels are cut off at each
+            # edge. From size 4, this makes (4 - 1) * stride + 3 - 2 * padding = 7. Kernel size 4
+            # would make 8, and in the end images of 32x32 pixels.
+            # There is no bias here: batch norm subtracts the mean, and the bias with it.
+            nn.ConvTranspose2d(c1, c2, 3, stride=2, padding=1, bias=False),   # (N, 64, 7, 7)
+            nn.BatchNorm2d(c2),
             nn.ReLU(),
 
-            # A transposed convolution is a learned upsampling layer. Each input pixel adds a copy
-            # of the kernel, multiplied by the pixel, to the output. The copies are `stride` pixels
-            # apart, and `padding` pixels are cut off at each edge: (4 - 1) * 2 + 3 - 2 * 1 = 7. An
-            # even kernel size would give an even number of pixels.
-            # A bias is not needed, because batch norm subtracts the mean, and the bias with it.
-            nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, bias=False),  # (N, 64, 7, 7)
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-
-            # Kernel size 4 is a multiple of the stride, so the same number of copies overlaps at
-            # every pixel inside. With size 3 or 5 this number alternates, and the image can show a
-            # checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). The
-            # uneven overlap of the layer above is not visible in the digits.
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
-            nn.BatchNorm2d(32),
+            # Kernel size 4 is a multiple of the stride, so every pixel receives equally many
+            # copies. With 3 or 5, some receive more than their neighbours, and the image can show a
+            # checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). The layer
+            # above has size 3. Its checkerboard would be 4 pixels wide, and the digits show none.
+            nn.ConvTranspose2d(c2, c3, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
+            nn.BatchNorm2d(c3),
             nn.ReLU(),
 
             # Batch norm here would force the same brightness and contrast on every batch.
-            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),                # (N, 1, 28, 28)
-            # Hardtanh cuts the output off at -1 and 1, the ends of the range of real images. The
-            # gradient of tanh, which DCGAN uses here (section 3), shrinks towards the ends. A
-            # background of exactly -1 is then learned slowly, and part of it stays slightly grey
-            # (results/README.md). With Hardtanh, a value that was cut off has the gradient 0. It
-            # can still return, because all pixels and images share the weights of G.
+            nn.ConvTranspose2d(c3, CHANNELS, 4, stride=2, padding=1),         # (N, 1, 28, 28)
+            # Hardtanh cuts values off at -1 and 1, the range of real images. DCGAN uses tanh, which
+            # reaches the ends only for infinite inputs: much of the background then stays slightly
+            # grey, where MNIST's is exactly black (results/README.md, "Grey levels"). The gradient
+            # of a pixel that was cut off is 0. It can still return, because all pixels and all
+            # images share G's weights.
             nn.Hardtanh(),
         )
         self.apply(init_weights)
@@ -124,45 +149,48 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maps images (N, 1, 28, 28) in [-1, 1] to logits (N,), one number for each image.
+    """Maps images (N, CHANNELS, 28, 28) in [-1, 1] to logits (N,), one number for each image.
 
-    D(x) is the sigmoid of the logit. D is a classifier with two classes, real and fake. But its
+    D(x) is the sigmoid of the logit. D is a classifier with two classes, real and fake. Its
     gradient matters as much as its output, because G learns from nothing else.
     """
 
     def __init__(self):
         super().__init__()
+        c1, c2, c3, c4 = 16, 32, 96, 192  # feature maps; chosen for speed, like those of G
         self.layers = nn.Sequential(
-            # Stride 2 halves the height and width. DCGAN uses strides in place of pooling, so that
-            # D learns its own way to shrink an image (section 3). DCGAN became unstable with batch
-            # norm in every layer, and left it out here and in G's last layer.
-            nn.Conv2d(1, 16, 4, stride=2, padding=1),                         # (N, 16, 14, 14)
-            # Where its input is negative, LeakyReLU(0.2) passes a fifth of the gradient. ReLU would
-            # pass none, and that part of the gradient would not reach the pixels of a fake.
+            # Stride 2 halves the height and width. DCGAN uses it in place of pooling (section 3):
+            # D then learns how to shrink an image. There is no batch norm in this layer, because
+            # DCGAN was unstable with it in D's first layer.
+            nn.Conv2d(CHANNELS, c1, 4, stride=2, padding=1),                  # (N, 16, 14, 14)
+            # Where its input is negative, LeakyReLU(0.2) passes a fifth of the gradient to the
+            # layers before it, and in the end to the fakes. ReLU would pass none. 0.2 is DCGAN's.
             nn.LeakyReLU(0.2),
 
-            # Batch norm makes D's output for an image depend a little on the rest of the batch.
-            # This can help D to notice that all fakes of a batch are alike, which is called "mode
-            # collapse" (Salimans et al. 2016, arxiv.org/abs/1606.03498, section 3.2).
-            nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False),            # (N, 32, 7, 7)
-            nn.BatchNorm2d(32),
+            # With batch norm, D's output for an image depends a little on the rest of its batch. D
+            # can notice that the fakes of a batch resemble one another (Salimans et al. 2016,
+            # arxiv.org/abs/1606.03498, section 3.2), and G must then vary them.
+            nn.Conv2d(c1, c2, 4, stride=2, padding=1, bias=False),            # (N, 32, 7, 7)
+            nn.BatchNorm2d(c2),
             nn.LeakyReLU(0.2),
 
-            # Stride 1 keeps the size. This layer widens the view of the next one: there, a value
-            # depends on 26x26 pixels (some of them are padding) and not only on 18x18.
-            nn.Conv2d(32, 96, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
-            nn.BatchNorm2d(96),
+            # Stride 1 keeps the size. With this layer, a value of the next one depends on 26x26
+            # pixels of the image (its "receptive field"), so on a whole digit. Without it, the
+            # receptive field would be 18x18 pixels.
+            nn.Conv2d(c2, c3, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
+            nn.BatchNorm2d(c3),
             nn.LeakyReLU(0.2),
 
-            nn.Conv2d(96, 192, 3, stride=2, padding=1, bias=False),           # (N, 192, 4, 4)
-            nn.BatchNorm2d(192),
+            nn.Conv2d(c3, c4, 3, stride=2, padding=1, bias=False),            # (N, 192, 4, 4)
+            nn.BatchNorm2d(c4),
             nn.LeakyReLU(0.2),
 
-            # A logit is an unbounded number, and not yet a probability. In float32, the sigmoid of
-            # a logit of 17 or more is exactly 1, and its derivative is 0, so that no gradient would
-            # pass it. The losses below take logits and do not have this flaw.
+            # A logit is an unbounded number. Its sigmoid is a probability. D does not end in the
+            # sigmoid, because float32 rounds the sigmoid of 17 to exactly 1, where log(1 - D) has
+            # no value. D could not learn from the fakes that deceive it most. The losses below
+            # compute the logarithm directly from the logit.
             nn.Flatten(),                                                     # (N, 3072)
-            nn.Linear(192 * 4 * 4, 1),                                        # (N, 1)
+            nn.Linear(c4 * 4 * 4, 1),                                         # (N, 1)
             nn.Flatten(0),                                                    # (N,)
         )
         self.apply(init_weights)
@@ -176,9 +204,8 @@ def init_weights(module):
 
     `apply` calls this function for every layer. Other layers keep PyTorch's initialisation.
     """
-    # Small weights matter in G's last convolution, which no batch norm follows. They keep the first
-    # fakes between -1 and 1, so that Hardtanh passes nearly every gradient. With PyTorch's
-    # initialisation, it would cut off a third of the pixels.
+    # In G's last layer, which no batch norm follows, small weights keep the first fakes between -1
+    # and 1. With PyTorch's initialisation, Hardtanh would cut off a third of their pixels.
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
@@ -188,8 +215,6 @@ def discriminator_loss(real_logits, fake_logits):
 
     Takes logits (N,). If D outputs 0.5 for every image, the loss is 2 log 2 = 1.386.
     """
-    # The labels need the shape of the logits. For another shape, PyTorch reports "Target size (...)
-    # must be the same as input size (...)".
     real_labels = torch.ones_like(real_logits)
     fake_labels = torch.zeros_like(fake_logits)
     # Binary cross-entropy (BCE) is -log D for the label 1 and -log(1 - D) for the label 0.
@@ -205,94 +230,104 @@ def generator_loss(fake_logits):
     """
     # G wants D to rate its fakes as real, so its labels are those of real images.
     real_labels = torch.ones_like(fake_logits)
-    # To minimise V itself, G would minimise log(1 - D(G(z))). Both losses fall as D(G(z)) rises.
-    # They differ in their derivative with respect to the logit: it is -D for log(1 - D), and
-    # -(1 - D) for -log D. Early in training, D can recognise nearly every fake, so that D(G(z)) is
-    # near 0. The first derivative is then near 0 too: that loss "saturates", and G learns very
-    # little from the fakes that need it most. The second one is near -1 for the same fakes.
-    # Goodfellow et al. therefore use -log D (end of section 3), which was later called the
-    # "non-saturating" loss. In this program, the saturating loss was better in two of three short
-    # runs, and much worse in the third (README, "Experiments").
+    # V contains log(1 - D(G(z))). Its derivative with respect to the logit is -D(G(z)). It is near
+    # 0 where D is sure that an image is fake: that loss "saturates", and the worst fakes count
+    # least. The derivative of -log D(G(z)) is -(1 - D(G(z))), so that the worst fakes count most.
+    # Goodfellow et al. therefore use it for G (end of section 3). It is called "non-saturating".
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
-R1_GAMMA = 0.03   # called gamma in the paper
-R1_INTERVAL = 16  # the number of steps from one penalty to the next
+def probability(logits):
+    """Turn the output of D into D(x), from 0 to 1. Only the log uses it."""
+    # It belongs to the losses above: another loss, or a sigmoid at the end of D, changes it too.
+    return logits.sigmoid()
+
+
+R1_GAMMA = 0.03   # gamma in the paper, which uses 10 for far larger images
+R1_INTERVAL = 16  # the number of steps from one penalty to the next, as in StyleGAN2
 
 
 def r1_penalty(discriminator, real):
     """Compute the R1 gradient penalty (Mescheder et al. 2018, arxiv.org/abs/1801.04406), a scalar.
 
-    Takes real images (N, 1, 28, 28). Returns R1_GAMMA / 2 times the mean, over these images, of the
-    squared length of the gradient of D's logit with respect to the pixels (section 4.1).
+    Takes real images (N, CHANNELS, 28, 28). Returns R1_GAMMA / 2 times the mean, over these images,
+    of the squared length of the gradient of D's logit with respect to the pixels (section 4.1).
     """
-    # Even where the fakes already look like real images, D's logit can change steeply with the
-    # pixels. This gradient pushes G away again, and training can oscillate without end (section 2).
-    # The penalty favours a D whose logit is flat at real images.
+    # Suppose that the fakes already look real. If D's logit is steep at real images, its gradient
+    # still pushes G away from them. Training can then oscillate without end (section 2). The
+    # penalty makes the logit flat at real images.
     real = real.detach().requires_grad_()  # a new tensor, so that the caller's does not change
     logits = discriminator(real)
-    # The gradient of the sum is each image's own gradient only if no image influences the logit of
-    # another one. Batch norm links the images of a batch, so this penalty is only similar to R1.
     # create_graph is needed because D's update differentiates this gradient once more.
     gradient = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]  # (N, 1, 28, 28)
+    # The gradient of the sum is each image's own gradient only if no image influences the logit of
+    # another one. Batch norm breaks this, so the penalty is an approximation here. Gulrajani et al.
+    # leave batch norm out of D for that reason (2017, arxiv.org/abs/1704.00028, section 4). Here it
+    # stays, because without it, G collapses (README, "Mode collapse").
     squared_length = gradient.square().sum(dim=(1, 2, 3))                     # (N,)
     return R1_GAMMA / 2 * squared_length.mean()
 
 
 def make_optimizer(network, lr):
     """Create the Adam optimizer of one network."""
-    # With Adam's usual beta1 = 0.9, an update averages the gradients of about ten steps. But the
-    # other network changes in every step, so old gradients can point in a wrong direction. DCGAN
-    # found that 0.9 made training oscillate, and that 0.5, about two steps, helped (section 4).
+    # Adam follows a running average of past gradients. Its setting beta1 says how far back this
+    # average reaches: about ten steps with the usual 0.9, and two with 0.5. The other network
+    # changes in every step, so old gradients can point in a wrong direction. DCGAN found that 0.9
+    # made training oscillate, and that 0.5 helped (section 4). 0.999 is Adam's usual beta2.
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
 
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, step):
-    """Train on a batch of real images (N, 1, 28, 28) in [-1, 1]: update D once, then G once.
+    """Train on a batch of real images (N, CHANNELS, 28, 28) in [-1, 1]: update D, then G.
 
     step: the number of this step. The first one is 1.
 
     Returns a dictionary of scalars for the log: d_loss without the penalty, g_loss, and the means
     d_real of D(x) and d_fake of D(G(z)). g_loss is measured after D's update, the others before it.
+
+    Raises InputError if the fakes and the real images differ in shape.
     """
     # 1. Update D.
     z = sample_latent(len(real), device=real.device)                          # (N, LATENT_DIM)
     fake = generator(z)                                                       # (N, 1, 28, 28)
-    # Real images and fakes form two separate batches. In a mixed batch, batch norm would compute
-    # other statistics than in G's update, where all images are fakes. G would then learn from a D
-    # that behaves differently from the one that was trained.
+    # D may accept images of either size. It would then learn the size, and G nothing.
+    if fake.shape != real.shape:
+        raise InputError(f"the generator makes images of shape {tuple(fake.shape[1:])}, but the "
+                         f"real images have shape {tuple(real.shape[1:])}; change the layers and "
+                         "CHANNELS in gan.py, or the images")
+    # Real images and fakes form two separate batches, because batch norm makes D's output depend on
+    # the batch. In G's update, D will see a batch of fakes. It must have been trained on such.
     real_logits = discriminator(real)                                         # (N,)
-    # detach() stops the gradient at the fakes, because this loss is for D alone. Without it,
-    # backward() would run on through G, and free the graph of `fake`. In G's update, PyTorch would
-    # then report "Trying to backward through the graph a second time".
+    # detach() stops the gradient at the fakes: this loss is for D alone. Without it, backward()
+    # would run on through G, and free the graph of `fake`, which G's update still needs.
     fake_logits = discriminator(fake.detach())                                # (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
     penalty = 0.0
     if step % R1_INTERVAL == 0:
-        # The penalty takes about as long as the rest of the step. It is therefore added in only
-        # one of R1_INTERVAL steps, with R1_INTERVAL times the weight. Karras et al. found that this
-        # "lazy regularization" does no harm (2020, arxiv.org/abs/1912.04958, section 3.1).
+        # The penalty takes about as long as the rest of the step. It is therefore computed in one
+        # of R1_INTERVAL steps only, with R1_INTERVAL times the weight (Karras et al. 2020,
+        # arxiv.org/abs/1912.04958, section 3.1, "lazy regularization").
         penalty = R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     (d_loss + penalty).backward()
     d_optimizer.step()
 
-    # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. The same fakes can be used
-    # again, because G has not changed. D has changed, so it must be applied again. With
-    # `fake_logits`, G would learn nothing, because detach() has cut the path from these logits to
-    # G. With `inputs`, as below, no error would say so.
+    # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. Using the same ones saves
+    # the time to make them. D was just trained on them, so it rates them a little lower than new
+    # ones. D has changed, so it must be applied again. `fake_logits` would not do in any case:
+    # detach() has cut them off from G.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
-    # D passes the gradient on to the fakes. `inputs` leaves the gradients of D's own weights out,
-    # because only G is updated.
+    # The gradient passes through D to the fakes, and on to G. `inputs` says that only G's weights
+    # keep their gradient. D's weights do not, because only G is updated.
     g_loss.backward(inputs=list(generator.parameters()))
     g_optimizer.step()
 
     return {
         "d_loss": d_loss.detach(),
         "g_loss": g_loss.detach(),
-        "d_real": real_logits.detach().sigmoid().mean(),
-        "d_fake": fake_logits.detach().sigmoid().mean(),
+        "d_real": probability(real_logits.detach()).mean(),
+        "d_fake": probability(fake_logits.detach()).mean(),
     }
 
 
@@ -305,16 +340,15 @@ def update_average(average, generator, step):
 
     Only the samples use the average. The training does not.
     """
-    # GAN training usually does not converge to a point. Each network reacts to the other, so G's
-    # weights keep moving around a good solution. Their average is closer to it (Yazıcı et al. 2018,
-    # arxiv.org/abs/1806.04498).
-    # The average moves towards the newest weights by a fraction that is 1 in step 1 and then falls
-    # (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). After a long run, the last tenth of its
-    # steps has more than 98 % of the weight. The usual exponential average has a constant fraction,
-    # which must be chosen to suit the length of the run.
+    # G and D react to each other, so G's weights keep moving around a good solution instead of
+    # settling there. Their average is closer to it (Yazıcı et al. 2018, arxiv.org/abs/1806.04498).
+    # In each step, the average moves towards the newest weights by this fraction of the way. It is
+    # 1 in step 1, and falls from then on (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). So the
+    # average always covers the last part of the run, whatever its length: the last tenth of the
+    # steps has more than 98 % of the weight. An exponential average has a constant fraction, which
+    # must be chosen to suit the length.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
-    # The buffers are the running statistics of batch norm. They are averaged too, so that they fit
-    # the averaged weights.
+    # The buffers are batch norm's running means and variances. They belong to the weights.
     olds = [*average.parameters(), *average.buffers()]
     news = [*generator.parameters(), *generator.buffers()]
     for old, new in zip(olds, news):
@@ -324,11 +358,12 @@ def update_average(average, generator, step):
 
 @torch.no_grad()
 def generate(generator, z):
-    """Generate one image for each z: uint8 (N, 1, 28, 28), on the CPU."""
+    """Generate one image for each z: uint8 (N, CHANNELS, 28, 28), on the CPU."""
     device = next(generator.parameters()).device
-    was_training = generator.training
     # In training mode, batch norm would use the mean and variance of this batch, and each digit
-    # would depend on the others. eval() makes it use its running mean and variance instead.
+    # would depend on the others. eval() makes it use its running mean and variance instead. A
+    # generator that is being trained must go on in training mode afterwards.
+    was_training = generator.training
     images = generator.eval()(z.to(device))                                   # (N, 1, 28, 28)
     generator.train(was_training)
     return to_pixels(images).cpu()
@@ -356,8 +391,7 @@ def pick_device(name):
         torch.zeros(1, device=name).cpu()
     except (AssertionError, ImportError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"--device {name}: PyTorch cannot use it here ({reason}); "
-                         "try --device cpu") from None
+        raise InputError(f"device {name}: PyTorch cannot use it here ({reason}); try cpu") from None
     return torch.device(name)
 
 
@@ -377,3 +411,15 @@ def load_checkpoint(path, *names):
         raise InputError(f"{path} is damaged, or it is not a checkpoint of this program, or it "
                          f"lacks one of these entries: {', '.join(names)}")
     return checkpoint
+
+
+def load_state(part, checkpoint, name, path):
+    """Load an entry of the checkpoint from `path` into a network or an optimizer.
+
+    Raises InputError if it does not fit.
+    """
+    try:
+        part.load_state_dict(checkpoint[name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise InputError(f"{path} does not fit the {type(part).__name__} in gan.py, which may have "
+                         "been edited since the file was saved") from None

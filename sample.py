@@ -6,29 +6,19 @@ results/generator.pt.
 """
 import argparse
 import math
-import sys
+import os
 from pathlib import Path
 
 import numpy
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.utils import make_grid
 
-from gan import (
-    CATEGORY_SCALE,
-    N_CATEGORIES,
-    Generator,
-    InputError,
-    generate,
-    load_checkpoint,
-    pick_device,
-    sample_latent,
-)
+from gan import (N_CATEGORIES, Generator, InputError, generate, load_checkpoint, load_state,
+                 pick_device, sample_latent, split_latent)
 
 DIGITS_PER_BATCH = 100
-FRAMES = 60      # the number of frames in an animation
-FRAME_TIME = 50  # in milliseconds
+FRAMES = 60  # the number of frames in an animation of changing digits; it takes three seconds
 SHIPPED_GENERATOR = Path(__file__).resolve().parent / "results" / "generator.pt"
 
 
@@ -39,32 +29,22 @@ def load_generator(path=SHIPPED_GENERATOR, device="cpu"):
     does not fit the Generator in gan.py.
     """
     generator = Generator()
-    average = load_checkpoint(path, "average")["average"]
-    try:
-        generator.load_state_dict(average)
-    except (AttributeError, RuntimeError, TypeError):
-        raise InputError(f"{path} does not fit the Generator in gan.py: it was saved by another "
-                         "version of that file, or by an edited one") from None
+    load_state(generator, load_checkpoint(path, "average"), "average", path)
     return generator.to(device).eval()
 
 
 def draw_latents(count, seed, category=None):
-    """Draw latent vectors for at least `count` digits, in whole batches: floats (M, LATENT_DIM).
-
-    With a category, 0 to N_CATEGORIES - 1, all vectors have that one. Their noise stays the same.
-    """
-    random = torch.Generator().manual_seed(seed)
-    batches = [sample_latent(DIGITS_PER_BATCH, random=random)
-               for _ in range(0, count, DIGITS_PER_BATCH)]
-    z = torch.cat(batches)
-    if category is not None:
-        one_hot = F.one_hot(torch.tensor(category), N_CATEGORIES)
-        z[:, :N_CATEGORIES] = CATEGORY_SCALE * one_hot
-    return z
+    """Draw latent vectors for at least `count` digits, in whole batches: floats (M, LATENT_DIM)."""
+    random = torch.Generator().manual_seed(int(seed))
+    return torch.cat([sample_latent(DIGITS_PER_BATCH, random=random, category=category)
+                      for _ in range(0, count, DIGITS_PER_BATCH)])
 
 
 def sample_digits(generator, count, seed=0, category=None):
-    """Generate `count` digits as uint8 (count, 1, 28, 28). The same seed gives the same digits."""
+    """Generate `count` digits, uint8 (count, 1, 28, 28), of one category or of all at random.
+
+    The same seed gives the same digits. Raises InputError for a category that does not exist.
+    """
     # PyTorch may round differently in a batch of another size, and a digit would then depend on
     # `count`. Therefore all batches are whole, and the surplus digits are dropped.
     z = draw_latents(count, seed, category)
@@ -77,99 +57,98 @@ def interpolate(generator, count, seed=0, category=None):
 
     The first frame shows the digits of sample_digits.
     """
-    z = draw_latents(count, seed, category)[:count]
     # The category stays the same, because G was never trained on a value between two categories.
     # A category can produce several similar digits, so a 4 may still turn into a 9.
-    a = z[:, N_CATEGORIES:].clone()
-    b = draw_latents(count, seed + 1)[:count, N_CATEGORIES:]
+    kept, a = split_latent(draw_latents(count, seed, category)[:count])
+    _, b = split_latent(draw_latents(count, seed + 1)[:count])
     frames = []
     for frame in range(FRAMES):
         t = 2 * math.pi * frame / FRAMES
         # Because cos² + sin² = 1, this noise has a standard normal distribution at every t, as in
         # training. Halfway along a straight line from a to b, it would be shorter than nearly all
         # noise in training.
-        z[:, N_CATEGORIES:] = math.cos(t) * a + math.sin(t) * b
-        frames.append(generate(generator, z))
+        noise = math.cos(t) * a + math.sin(t) * b
+        frames.append(generate(generator, torch.cat([kept, noise], dim=1)))
     return torch.stack(frames)
 
 
 def draw_grid(images):
-    """Draw images, uint8 (N, 1, 28, 28), as a picture: a grid that is as square as possible."""
+    """Draw images, uint8 (N, 1 or 3, H, W) or (N, H, W), as a grid, as square as possible."""
+    if images.ndim == 3:
+        images = images.unsqueeze(1)  # make_grid would take them for one image
     columns = math.ceil(math.sqrt(len(images)))
-    grid = make_grid(images, nrow=columns)  # three identical channels
-    return Image.fromarray(grid[0].numpy())
+    grid = make_grid(images, nrow=columns)  # three channels, which are identical for grey images
+    return Image.fromarray(grid[:images.shape[1]].permute(1, 2, 0).squeeze(2).numpy())
 
 
 def save_grid(images, path):
-    """Save images, uint8 (N, 1, 28, 28), as a grid."""
+    """Save images, uint8 (N, 1 or 3, H, W) or (N, H, W), as a grid."""
     draw_grid(images).save(path)
 
 
-def save_animation(frames, path):
-    """Save frames, uint8 (F, N, 1, 28, 28), as an animated GIF of F grids that loops forever."""
-    pictures = [draw_grid(images) for images in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=FRAME_TIME, loop=0)
+def save_animation(pictures, path, milliseconds):
+    """Save PIL images as an animated GIF that loops forever. Each is shown for some time."""
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+
+
+def save_training_animation(folder, path):
+    """Save the pictures epoch_0000.png, epoch_0001.png, ... in a folder as an animated GIF."""
+    paths = sorted(Path(folder).glob("epoch_*.png"))
+    every = math.ceil(len(paths) / 100)  # a long run leaves some epochs out, but never the last one
+    pictures = [Image.open(path) for path in reversed(paths[::-every])]
+    save_animation(pictures, path, milliseconds=300)
 
 
 def save_array(images, path):
-    """Save images, uint8 (N, 1, 28, 28), as a NumPy array (N, 28, 28)."""
+    """Save images, uint8 (N, C, H, W), as a NumPy array: (N, H, W) if grey, else (N, H, W, C)."""
     with open(path, "wb") as file:  # numpy.save(path) would turn .NPY into .NPY.npy
-        numpy.save(file, images.squeeze(1).numpy())
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description="Generate new digits with a trained generator.")
-    parser.add_argument("--out", default="grid.png",
-                        help="output: a .png grid, a .gif animation, or a .npy array, uint8 "
-                             "(count, 28, 28) (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=100,
-                        help="number of digits (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="random seed (default: %(default)s)")
-    parser.add_argument("--category", type=int,
-                        help=f"draw only this category, 0 to {N_CATEGORIES - 1}; most draw one "
-                             "digit, or a few similar ones (default: all, at random)")
-    parser.add_argument("--checkpoint",
-                        help="a checkpoint.pt or generator.pt (default: out/generator.pt if it "
-                             "exists, else results/generator.pt)")
-    parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    arguments = parser.parse_args()
-    suffix = Path(arguments.out).suffix.lower()
-    if suffix not in (".png", ".gif", ".npy"):
-        parser.error(f"--out {arguments.out}: the name must end in .png, .gif or .npy")
-    most = 100_000
-    if suffix == ".gif":
-        most = 400
-    if not 1 <= arguments.count <= most:
-        parser.error(f"--count {arguments.count}: use 1 to {most} for a {suffix} file")
-    if not 0 <= arguments.seed < 2**63:
-        parser.error(f"--seed {arguments.seed}: use 0 to 2**63 - 1")
-    if arguments.category is not None and not 0 <= arguments.category < N_CATEGORIES:
-        parser.error(f"--category {arguments.category}: use 0 to {N_CATEGORIES - 1}")
-    if arguments.checkpoint is None:
-        arguments.checkpoint = Path("out/generator.pt")
-        if not arguments.checkpoint.exists():
-            arguments.checkpoint = SHIPPED_GENERATOR
-    return arguments
+        numpy.save(file, images.permute(0, 2, 3, 1).squeeze(3).numpy())
 
 
 def main():
-    arguments = parse_arguments()
-    out = Path(arguments.out)
+    parser = argparse.ArgumentParser(description="Generate new digits with a trained generator.")
+    add = parser.add_argument
+    add("--out", default="grid.png", help="output: a .png grid, a .gif animation, or a .npy array, "
+                                          "uint8 (count, 28, 28) (default: %(default)s)")
+    add("--count", type=int, default=100, help="number of digits (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--category", type=int, help=f"draw only this category, 0 to {N_CATEGORIES - 1}; most "
+                                     "draw one digit, or a few similar ones (default: all)")
+    add("--checkpoint", help="a checkpoint.pt or generator.pt (default: out/generator.pt if it "
+                             "exists, else results/generator.pt)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    arguments = parser.parse_args()
+    out = Path(os.path.expanduser(arguments.out))
     count, seed, category = arguments.count, arguments.seed, arguments.category
+    suffix = out.suffix.lower()
+    most = {".png": 100_000, ".npy": 100_000, ".gif": 400}  # more would take minutes
+    if suffix not in most:
+        parser.error(f"--out {out}: the name must end in .png, .gif or .npy")
+    if not 1 <= count <= most[suffix]:
+        parser.error(f"--count {count}: use 1 to {most[suffix]} for a {suffix} file")
+    if not 0 <= seed < 2**63:
+        parser.error(f"--seed {seed}: use 0 to 2**63 - 1")
+    path, reason = SHIPPED_GENERATOR, " (it comes with the program; there is no out/generator.pt)"
+    if arguments.checkpoint or Path("out/generator.pt").exists():
+        path, reason = os.path.expanduser(arguments.checkpoint or "out/generator.pt"), ""
     try:
-        generator = load_generator(arguments.checkpoint, pick_device(arguments.device))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix.lower() == ".gif":
-            save_animation(interpolate(generator, count, seed, category), out)
-        elif out.suffix.lower() == ".npy":
-            save_array(sample_digits(generator, count, seed, category), out)
+        generator = load_generator(path, pick_device(arguments.device))
+        if suffix == ".gif":
+            frames = interpolate(generator, count, seed, category)
         else:
-            save_grid(sample_digits(generator, count, seed, category), out)
-    except (OSError, InputError) as error:
-        sys.exit(f"sample.py: {error}")
-    print(f"{out}: wrote {count} digits from the generator in {arguments.checkpoint}, seed {seed}")
+            digits = sample_digits(generator, count, seed, category)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".gif":
+            save_animation([draw_grid(images) for images in frames], out, milliseconds=50)
+        elif suffix == ".npy":
+            save_array(digits, out)
+        else:
+            save_grid(digits, out)
+    except InputError as error:
+        parser.exit(2, f"sample.py: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"sample.py: {error}\n")
+    print(f"{out}: wrote {count} digits, seed {seed}, from the generator {path}{reason}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Train the GAN of gan.py on MNIST:  python train.py [--epochs N] [--device D] [--resume] ...
 
-The training loop is in train(). The functions below it keep the files of a run, load the images,
-and read the command line.
+train() is the training loop. The functions below it write the log, open and save a run, load the
+images, and read the command line.
 """
 import argparse
 import copy
 import gzip
 import io
-import math
 import os
 import shlex
-import struct
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -25,118 +24,105 @@ import torch
 from tqdm.auto import tqdm
 
 from gan import (Discriminator, Generator, InputError, adversarial_step, from_pixels, generate,
-                 load_checkpoint, make_optimizer, pick_device, sample_latent, update_average)
+                 load_checkpoint, load_state, make_optimizer, pick_device, sample_latent,
+                 update_average)
 from plot_losses import plot
-from sample import save_grid
+from sample import save_grid, save_training_animation
 
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
-DEFAULTS = {
-    "epochs": 10,
-    "batch_size": 64,
-    "lr": 0.001,   # DCGAN uses 0.0002 for its larger networks
-    "seed": 0,
-    "data": "",    # SHIPPED_DATA, wherever this repository is
+SETTINGS = {  # default, smallest and largest value
+    "epochs": (10, 1, 9999),     # the pictures of the epochs are numbered with four digits
+    "batch_size": (64, 1, 10**9),
+    "lr": (0.001, 1e-30, 1e30),  # DCGAN uses 0.0002 for its larger networks
+    "seed": (0, 0, 2**63 - 1),
+    "limit": (10**9, 1, 10**9),  # the default is more than any set of images has
 }
-LOG_EVERY = 20     # steps in a row of losses.csv; the last row of an epoch can have fewer
+LOG_EVERY = 20  # steps in a row of losses.csv; the last row of an epoch can have fewer
 
 
-def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, data=None, out="out",
-          resume=False):
+def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit=None, data=None,
+          out="out", resume=False):
     """Train a GAN, save the files of the run in the folder `out`, and return the generator.
 
-    The arguments are the options of train.py. None stands for the setting of the run that is
-    resumed, or else for the default. The returned generator has the averaged weights, and is in
-    evaluation mode.
+    The arguments are the options of train.py. For epochs, batch_size, lr, seed, limit and data,
+    None stands for the setting of the run that is resumed, or else for the default. The returned
+    generator has the averaged weights, and is in evaluation mode.
 
     Raises InputError for unsuitable arguments and files, OSError for files that cannot be read or
     written, and FloatingPointError if the training diverges.
     """
-    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "data": data}
-    device = pick_device(device)
-    settings, images, checkpoint = prepare_run(out, given, resume)
+    device, out = pick_device(device), Path(os.path.expanduser(out))
+    run, images = open_run(out, resume, data, {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "limit": limit})
+    settings = run["settings"]
     epochs, batch_size, seed = settings["epochs"], settings["batch_size"], settings["seed"]
     images = images.to(device)                                        # uint8 (60000, 1, 28, 28)
     steps_per_epoch = len(images) // batch_size  # images that do not fill a batch are left out
 
     torch.manual_seed(seed)  # for the first weights; each epoch has a seed of its own
-    generator = Generator().to(device, memory_format=memory_format(device))
-    discriminator = Discriminator().to(device, memory_format=memory_format(device))
+    # On a CPU, the channels of a pixel are stored next to one another. Convolutions are faster on
+    # some CPUs this way (results/README.md, "Speed").
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    generator = Generator().to(device, memory_format=layout)
+    discriminator = Discriminator().to(device, memory_format=layout)
     average = copy.deepcopy(generator).eval()  # the running average; the samples come from it
     g_optimizer = make_optimizer(generator, settings["lr"])
     d_optimizer = make_optimizer(discriminator, settings["lr"])
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    out = Path(out)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
     if resume:
-        epochs_done, log = restore(out, checkpoint, parts)
-    else:
-        epochs_done, log = 0, ""
-        claim(out)
+        for name, part in parts.items():
+            load_state(part, run, name, out / "checkpoint.pt")
+        save_run(out, run, run["epoch"], parts)  # its settings may be new (--epochs, --data)
     # The same z after each epoch: the pictures in samples/ differ only because G has changed.
     fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
-    # Save now, so that a run can be resumed even if it stops in its first epoch, and so that a
-    # resumed run keeps a new --epochs or --data. epoch_0000.png shows an untrained generator.
-    save_run(out, epochs_done, log, settings, parts, generate(average, fixed_z))
-    g_size, d_size = [sum(weight.numel() for weight in network.parameters())
-                      for network in (generator, discriminator)]
-    print(f"training on {device} for {epochs} epochs of {steps_per_epoch} steps; weights: "
-          f"{g_size:,} in G, {d_size:,} in D", flush=True)
+    save_grid(generate(average, fixed_z), out / f"samples/epoch_{run['epoch']:04d}.png")
 
     weights = [*generator.parameters(), *discriminator.parameters()]
-    for epoch in range(epochs_done + 1, epochs + 1):
+    print(f"training on {device} for {epochs - run['epoch']} epochs of {steps_per_epoch} steps; "
+          f"weights: {sum(map(torch.numel, generator.parameters())):,} in G, "
+          f"{sum(map(torch.numel, discriminator.parameters())):,} in D", flush=True)
+    for epoch in range(run["epoch"] + 1, epochs + 1):
         # This seed alone determines the order of the images and the latent vectors of an epoch. A
         # resumed run therefore continues with the same random numbers as an uninterrupted one. The
         # factor keeps runs with neighbouring seeds from sharing the seed of an epoch.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
-        # Steps are counted over all epochs, because the penalty and the average depend on them.
-        first_step = (epoch - 1) * steps_per_epoch + 1
-        last_step = epoch * steps_per_epoch
-        epoch_losses, row_losses = [], []
-        started = time.perf_counter()
         # disable=None hides the bar if stderr is not a terminal.
         bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
                    disable=None)
-        for step, indices in enumerate(bar, start=first_step):
+        losses = []  # of each step of this epoch
+        started = time.perf_counter()
+        # Steps are counted over all epochs, because the penalty and the average depend on them.
+        for step, indices in enumerate(bar, start=(epoch - 1) * steps_per_epoch + 1):
             real = from_pixels(images[indices])                       # (batch_size, 1, 28, 28)
-            losses = adversarial_step(
-                generator, discriminator, g_optimizer, d_optimizer, real, step)
+            losses.append(adversarial_step(
+                generator, discriminator, g_optimizer, d_optimizer, real, step))
             update_average(average, generator, step)
 
-            epoch_losses.append(losses)
-            row_losses.append(losses)
-            if len(row_losses) == LOG_EVERY or step == last_step:
-                means = mean_losses(row_losses)
-                row_losses = []
-                log = add_row(log, epoch, step, means)
-                (out / "losses.csv").write_text(log)
-                check_finite(epoch, means.values())
+            if len(losses) % LOG_EVERY == 0 or len(losses) == steps_per_epoch:
+                previous = (len(losses) - 1) // LOG_EVERY * LOG_EVERY  # the steps in earlier rows
+                means = mean_losses(losses[previous:])
+                add_row(out, run, epoch, step, means)
+                check_finite(epoch, means, weights)
                 bar.set_postfix_str(f"d_loss {means['d_loss']:.2f}, g_loss {means['g_loss']:.2f}",
                                     refresh=False)
 
-        check_finite(epoch, [weight.sum().item() for weight in weights])
         speed = len(order) / (time.perf_counter() - started)
-        save_run(out, epoch, log, settings, parts, generate(average, fixed_z))
-        means = mean_losses(epoch_losses)
+        save_run(out, run, epoch, parts)
+        save_grid(generate(average, fixed_z), out / f"samples/epoch_{epoch:04d}.png")
+        means = mean_losses(losses)
         print(f"epoch {epoch}/{epochs}: d_loss {means['d_loss']:.3f}, g_loss {means['g_loss']:.3f},"
               f" D(x) {means['d_real']:.2f}, D(G(z)) {means['d_fake']:.2f}, {speed:.0f} images/s",
               flush=True)
 
     try:
+        save_training_animation(out / "samples", out / "digits_form.gif")
         plot(out / "losses.csv", out / "losses.png")
-    except Exception as error:  # whatever is wrong with matplotlib, the run is complete
-        print(f"{out}/losses.png was not drawn ({error!r}); draw it later with: "
-              f"python plot_losses.py --csv {shlex.quote(str(out / 'losses.csv'))}", flush=True)
+    except Exception as error:  # whatever is wrong with them, the run is complete
+        print(f"{out}: the animation or the plot was not drawn ({error!r})", flush=True)
     return average
-
-
-def memory_format(device):
-    """Return the order in which weights and feature maps are stored in memory."""
-    if device.type == "cpu":
-        # The channels of a pixel are adjacent, because convolutions are then faster on some CPUs
-        # (results/README.md, "Speed").
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def mean_losses(steps):
@@ -145,196 +131,148 @@ def mean_losses(steps):
     # CPU wait for a GPU each time.
     names = list(steps[0])
     losses = torch.stack([losses[name] for losses in steps for name in names])
-    means = losses.view(len(steps), len(names)).mean(dim=0)
-    return dict(zip(names, means.tolist()))
+    return dict(zip(names, losses.view(len(steps), len(names)).mean(dim=0).tolist()))
 
 
-def add_row(log, epoch, step, means):
-    """Add a row of mean losses to the log, the text of losses.csv. Returns the new text."""
-    if not log:
-        log = ",".join(["epoch", "step", *means]) + "\n"
-    return log + ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())]) + "\n"
+def add_row(out, run, epoch, step, means):
+    """Add a row of mean losses to the log of a run, and write losses.csv."""
+    if run["epoch"] == 0:
+        refuse_taken(out)  # another process may have completed its first epoch here
+    header = ",".join(["epoch", "step", *means])
+    row = ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())])
+    run["log"] = (run["log"] or header + "\n") + row + "\n"
+    (out / "losses.csv").write_text(run["log"])
 
 
-def check_finite(epoch, numbers):
+def check_finite(epoch, means, weights):
     """Stop a run whose losses or weights are infinite or NaN, before they reach a checkpoint."""
-    if not all(map(math.isfinite, numbers)):
+    total = sum(means.values()) + sum(weight.sum() for weight in weights)
+    if not torch.isfinite(total):
         raise FloatingPointError(
-            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. The "
-            "last checkpoint is kept. Begin a new run with a lower --lr and another --out")
+            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN; the last "
+            "complete epoch is kept. Begin a new run with a lower learning rate (lr)")
 
 
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
+def refuse_taken(out):
+    """Raise InputError if the folder holds a run, that is, at least one complete epoch."""
+    for name in ("checkpoint.pt", "generator.pt", "losses.png", "samples/epoch_0001.png"):
+        if (out / name).exists():
+            raise InputError(f"{out} already holds a run; use --resume, or choose another --out")
 
 
-def prepare_run(out, given, resume):
-    """Return the settings of a run, its images, and the checkpoint to resume (None for a new run).
+def open_run(out, resume, data, given):
+    """Return a run, new or from the folder `out`, and its images. Writes nothing.
 
-    given: the settings that the user chose. The others are None. Writes nothing.
+    A run is the dictionary that checkpoint.pt holds: the number of complete epochs, the log, the
+    settings, and, once it has been saved, the states of the networks and optimizers.
     """
-    require(str(out), "--out is empty; name a folder")
-    checkpoint, saved = None, {}
     if resume:
-        path = Path(out) / "checkpoint.pt"
-        require(path.exists(), f"{out} has no checkpoint.pt, so there is no run to resume; to "
-                               "begin one, leave --resume out and choose another --out")
-        checkpoint = load_checkpoint(path, "epoch", "log", "settings")
-        saved = checkpoint["settings"]
-        require(isinstance(saved, dict) and saved.keys() == {*DEFAULTS, "images"},
-                f"{path} was saved by another version of this program and cannot be resumed")
-    settings = DEFAULTS | saved
-    if given["data"] is not None:
-        given["data"] = Path(given["data"]).resolve()  # so that --resume works anywhere
-    for name, value in given.items():
-        if value is not None:
-            # load_checkpoint refuses NumPy's numbers, so each becomes one of the default's type.
-            settings[name] = type(DEFAULTS[name])(value)
-            require(not isinstance(DEFAULTS[name], int) or settings[name] == value,
-                    f"{option(name)} {value}: use a whole number")
-    images = load_images(settings["data"] or SHIPPED_DATA)
-    settings["images"] = f"{len(images)} {zlib.crc32(images.numpy())}"
-
-    require(settings["epochs"] >= 1, f"--epochs {settings['epochs']}: use 1 or more")
-    require(1 <= settings["batch_size"] <= len(images), f"--batch-size {settings['batch_size']}: "
-            f"use 1 to {len(images)}, because there are {len(images)} images")
-    # Adam computes lr / (1 - beta1), which must fit float32.
-    require(0 < settings["lr"] < 1e38, f"--lr {settings['lr']}: use a number between 0 and 1e38")
-    require(0 <= settings["seed"] < 2**63, f"--seed {settings['seed']}: use 0 to 2**63 - 1")
-    if resume:
-        for name in ("batch_size", "lr", "seed"):
-            require(settings[name] == saved[name], f"{option(name)} {settings[name]}: the run in "
-                    f"{out} has {option(name)} {saved[name]}; for another value, use another --out")
-        require(settings["images"] == saved["images"], f"the run in {out} began with other images "
-                f"than those in {settings['data'] or SHIPPED_DATA}; say with --data where they are")
-        require(settings["epochs"] >= checkpoint["epoch"], f"--epochs {settings['epochs']}: the "
-                f"run in {out} already has {checkpoint['epoch']} epochs; give a larger number")
-    return settings, images, checkpoint
+        run = load_checkpoint(out / "checkpoint.pt", "epoch", "log", "settings")
+    else:
+        refuse_taken(out)
+        run = {"epoch": 0, "log": "", "settings": {}}
+    saved = run["settings"]
+    defaults = {name: limits[0] for name, limits in SETTINGS.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = {"data": ""} | defaults | saved | given
+    for name, (default, smallest, largest) in SETTINGS.items():
+        number = type(default)(settings[name])  # NumPy's numbers would not load again
+        if number != settings[name] or not smallest <= number <= largest:
+            kind = "whole number" if isinstance(default, int) else "number"
+            raise InputError(f"{name} {settings[name]!r}: use a {kind}, {smallest} to {largest}")
+        settings[name] = number
+    if data:
+        settings["data"] = str(Path(os.path.expanduser(data)).resolve())
+    # SHIPPED_DATA / "" is SHIPPED_DATA, and SHIPPED_DATA / "/a/path" is /a/path.
+    images = load_images(SHIPPED_DATA / settings["data"])[:settings["limit"]]
+    settings["checksum of the images"] = zlib.crc32(images.contiguous().numpy())
+    if settings["batch_size"] > len(images):
+        raise InputError(f"batch_size {settings['batch_size']}: there are {len(images)} images")
+    if settings["epochs"] < run["epoch"]:
+        raise InputError(f"epochs {settings['epochs']}: this run already has {run['epoch']}")
+    for name in ("batch_size", "lr", "seed", "limit", "checksum of the images"):
+        if resume and settings[name] != saved.get(name):
+            raise InputError(f"{name} {settings[name]}: the run in {out} has {saved.get(name)}, "
+                             "and cannot go on with another; begin a new one with another --out")
+    return run | {"settings": settings}, images
 
 
-def option(name):
-    return "--" + name.replace("_", "-")
-
-
-def claim(out):
-    """Make the folder of a new run. Of several processes, only one can do this."""
-    taken = f"{out} already holds a run; continue it (--resume), or choose another --out"
-    for name in ("checkpoint.pt", "generator.pt", "losses.csv", "losses.png"):
-        require(not (out / name).exists(), taken)
-    try:
-        (out / "samples").mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(taken) from None
-
-
-def restore(out, checkpoint, parts):
-    """Load the networks and optimizers of a run. Returns its number of epochs and its log."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{out}/checkpoint.pt does not fit the networks in gan.py, which may have "
-                         "been edited since then") from None
-    (out / "samples").mkdir(exist_ok=True)
-    return checkpoint["epoch"], checkpoint["log"]
-
-
-def save_run(out, epoch, log, settings, parts, samples):
-    """Save the files of a run. checkpoint.pt holds everything that --resume needs."""
+def save_run(out, run, epoch, parts):
+    """Save a run after an epoch: generator.pt for sample.py, and checkpoint.pt for --resume."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    save_grid(samples, out / "samples" / f"epoch_{epoch:04d}.png")
-    (out / "losses.csv").write_text(log)  # this removes the rows of an unfinished epoch
-    if epoch > 0:
-        save_atomically({"average": states["average"]}, out / "generator.pt")
-    save_atomically({"epoch": epoch, "log": log, "settings": settings, **states},
-                    out / "checkpoint.pt")
-
-
-def save_atomically(content, path):
-    """Save like torch.save, but keep the old file if interrupted or if the disk is full."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # torch.save to a path does not raise OSError for a full disk
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_bytes(buffer.getbuffer())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files = {"generator.pt": {"average": states["average"]},
+             "checkpoint.pt": run | {"epoch": epoch} | states}
+    (out / "losses.csv").write_text(run["log"])  # this removes the rows of an unfinished epoch
+    # The new files are written beside the old ones. These are kept if the disk is full, or if the
+    # process is killed.
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        for name, content in files.items():
+            buffer = io.BytesIO()
+            torch.save(content, buffer)  # torch.save to a path raises no OSError for a full disk
+            Path(folder, name).write_bytes(buffer.getbuffer())
+        if run["epoch"] == 0:
+            refuse_taken(out)
+        for name in files:
+            os.replace(Path(folder, name), out / name)
+    run["epoch"] = epoch
 
 
 def load_images(place):
-    """Load the training images in a file or in a folder: uint8 (N, 1, 28, 28).
+    """Load the training images in a file or in a folder: uint8 (N, channels, height, width).
 
-    The file is in the format of MNIST, and may be compressed with gzip. In a folder, its name is
-    train-images-idx3-ubyte, or the same with the ending .gz. Raises InputError if there are no such
-    images.
+    The file has MNIST's format, IDX, with or without gzip. In a folder, it has MNIST's name,
+    train-images-idx3-ubyte, with or without the ending .gz. Raises InputError if there is none.
     """
-    path = find_images(Path(place))
-    content = path.read_bytes()
-    if content.startswith(b"\x1f\x8b"):  # every gzip file begins with these bytes
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise InputError(f"{path} is damaged") from None
-    # The file begins with four numbers: 0x803, the number of images, their height and their width.
-    # Each byte after that is a pixel.
-    count, rest = divmod(len(content) - 16, 28 * 28)
-    header = struct.pack(">4i", 0x803, max(count, 1), 28, 28)
-    require(rest == 0 and content.startswith(header),
-            f"{path} is damaged, or it does not contain 28x28 images in the format of MNIST")
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)
-    return pixels.view(count, 1, 28, 28)
-
-
-def find_images(place):
     name = "train-images-idx3-ubyte"
     # torchvision stores MNIST in MNIST/raw, and some downloads have a folder around the file.
-    for folder in (place, place / "MNIST" / "raw", place / name):
-        for path in (place, folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise InputError(f"{place} is no file, and contains neither {name} nor {name}.gz; say with "
-                     "--data where the images are")
-
-
-def parse_arguments():
-    # An option that is left out is None here. train() knows the defaults.
-    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
-    add = parser.add_argument
-    add("--epochs", type=int, help=f"total number of epochs (default: {DEFAULTS['epochs']})")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add("--batch-size", type=int, help=f"images per step (default: {DEFAULTS['batch_size']})")
-    add("--lr", type=float, help=f"learning rate of Adam (default: {DEFAULTS['lr']})")
-    add("--seed", type=int, help=f"random seed (default: {DEFAULTS['seed']})")
-    add("--data", help="folder or file with images (default: the MNIST that comes with train.py)")
-    add("--out", default="out", help="folder for the files of the run (default: %(default)s)")
-    add("--resume", action="store_true", help="continue the run in --out, with its settings")
-    return parser.parse_args()
+    folders = [place, place / "MNIST" / "raw", place / name]
+    paths = [place, *(folder / file for folder in folders for file in (f"{name}.gz", name))]
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise InputError(f"{place} is no file, and holds no {name}; for a folder of pictures, see "
+                         "the README, \"Your own images\"")
+    content = found[0].read_bytes()
+    try:
+        if content.startswith(b"\x1f\x8b"):  # every gzip file begins with these bytes
+            content = gzip.decompress(content)
+        # Byte 3 says how many sizes follow: 3 for grey images (N, height, width), and 4 for colour
+        # images (N, height, width, channels). Each size has 4 bytes. Then come the pixels.
+        end = 4 + 4 * content[3]
+        sizes = [int.from_bytes(content[i:i + 4], "big") for i in range(4, end, 4)]
+        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=end).view(sizes)
+        pixels = pixels.view(*sizes[:3], -1)                          # (N, height, width, channels)
+        return pixels.permute(0, 3, 1, 2).contiguous()
+    except (EOFError, IndexError, RuntimeError, ValueError, gzip.BadGzipFile, zlib.error):
+        raise InputError(f"{found[0]} is damaged, or holds no images in MNIST's format") from None
 
 
 def main():
-    arguments = parse_arguments()
-    out = arguments.out
+    parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
+    # An option that is left out is None, except for --device and --out. train() has the defaults.
+    add = parser.add_argument
+    add("--epochs", type=int, help=f"total number of epochs (default: {SETTINGS['epochs'][0]})")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--batch-size", type=int, help=f"images per step (default: {SETTINGS['batch_size'][0]})")
+    add("--lr", type=float, help=f"learning rate of Adam (default: {SETTINGS['lr'][0]})")
+    add("--seed", type=int, help=f"random seed (default: {SETTINGS['seed'][0]})")
+    add("--limit", type=int, help="use only so many images, for a quick trial (default: all)")
+    add("--data", help="folder or file with images (default: the MNIST that comes with train.py)")
+    add("--out", default="out", help="folder for the files of the run (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the run in --out, with its settings")
+    arguments = parser.parse_args()
     try:
         train(**vars(arguments))  # each option is an argument of train()
     except KeyboardInterrupt:
-        advice = "nothing was saved yet; begin again, with another --out if this one is refused"
-        if (Path(out) / "checkpoint.pt").exists():
-            advice = "continue with: python train.py " + shlex.join(sys.argv[1:])
-            if not arguments.resume:
-                advice += " --resume"
-        print(f"train.py: stopped; {advice}", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, InputError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not any(sign in repr(error) for sign in ("MemoryError", "of memory", "allocate memory")):
-            raise
-        sys.exit("train.py: not enough memory; try --device cpu, or a new run with a smaller "
-                 "--batch-size and another --out")
-    print(f"{out}: the run is complete; see {out}/losses.png and {out}/samples. To draw digits: "
-          f"python sample.py --checkpoint {shlex.quote(out + '/generator.pt')} --out grid.png")
+        command = ["python", "train.py", *sys.argv[1:]]
+        if Path(arguments.out, "checkpoint.pt").exists() and not arguments.resume:
+            command.append("--resume")
+        parser.exit(130, f"train.py: stopped; go on with: {shlex.join(command)}\n")
+    except InputError as error:
+        parser.exit(2, f"train.py: {error}\n")
+    except (OSError, FloatingPointError) as error:
+        parser.exit(1, f"train.py: {error}\n")
+    print(f"{arguments.out}: the run is complete. To draw digits: python sample.py --checkpoint "
+          f"{shlex.quote(arguments.out + '/generator.pt')} --out grid.png")
 
 
 if __name__ == "__main__":

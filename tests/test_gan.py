@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-import benchmark
 import gan
-from conftest import real_images
+from conftest import equal, real_images
 from gan import AVERAGE_K as K
 from gan import (LATENT_DIM, N_CATEGORIES, R1_GAMMA, R1_INTERVAL, Discriminator, Generator,
-                 adversarial_step, discriminator_loss, from_pixels, generate, generator_loss,
-                 make_optimizer, r1_penalty, sample_latent, to_pixels, update_average)
+                 InputError, adversarial_step, discriminator_loss, from_pixels, generate,
+                 generator_loss, make_optimizer, r1_penalty, sample_latent, split_latent, to_pixels,
+                 update_average)
 
 
 @pytest.fixture
@@ -28,10 +28,6 @@ def weights(network):
     return [weight.detach().clone() for weight in network.parameters()]
 
 
-def equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_every_grey_level_survives_the_way_to_the_range_of_the_generator_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
     images = from_pixels(levels)
@@ -41,12 +37,32 @@ def test_every_grey_level_survives_the_way_to_the_range_of_the_generator_and_bac
 
 def test_latent_is_a_one_hot_category_beside_normal_noise():
     z = sample_latent(10_000, random=torch.Generator().manual_seed(0))
-    category, noise = z[:, :N_CATEGORIES], z[:, N_CATEGORIES:]
-    assert z.shape == (10_000, LATENT_DIM)
+    category, noise = split_latent(z)
+    assert z.shape == (10_000, LATENT_DIM) and category.shape == (10_000, N_CATEGORIES)
     assert ((category == gan.CATEGORY_SCALE).sum(1) == 1).all()
     assert ((category == 0).sum(1) == N_CATEGORIES - 1).all()
     assert (category > 0).float().mean(0).sub(1 / N_CATEGORIES).abs().max() < 0.02
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.01  # as the normal distribution has
+
+
+def test_chosen_category_leaves_the_noise_as_it_is():
+    drawn = sample_latent(50, random=torch.Generator().manual_seed(3))
+    chosen = sample_latent(50, random=torch.Generator().manual_seed(3), category=4)
+    assert torch.equal(split_latent(chosen)[1], split_latent(drawn)[1])
+    assert (split_latent(chosen)[0].argmax(dim=1) == 4).all()
+    same = split_latent(drawn)[0][:, 4] > 0  # these have the category 4 anyway
+    assert torch.equal(chosen[same], drawn[same]) and 0 < same.sum() < 50
+    for category in (-1, N_CATEGORIES):
+        with pytest.raises(InputError, match=f"category {category}: .* {N_CATEGORIES} "):
+            sample_latent(1, category=category)
+
+
+def test_without_categories_the_latent_is_noise(monkeypatch):
+    monkeypatch.setattr(gan, "N_CATEGORIES", 0)
+    assert sample_latent(5).shape == (5, gan.NOISE_DIM)
+    with pytest.raises(InputError, match="0 categories"):
+        sample_latent(5, category=0)
 
 
 @pytest.mark.parametrize("count", [1, 7, 64])
@@ -65,6 +81,12 @@ def test_discriminator_ends_in_logits_which_may_have_any_size(networks):
         for weight in discriminator.parameters():
             weight *= 10
     assert discriminator(real_images(8)).abs().max() > 10
+
+
+def test_fakes_and_real_images_of_different_sizes_are_an_error_that_names_both(networks):
+    optimizers = [sgd(network) for network in networks]
+    with pytest.raises(InputError, match=r"\(1, 28, 28\), .*\(1, 32, 32\)"):
+        adversarial_step(*networks, *optimizers, torch.zeros(8, 1, 32, 32), step=1)
 
 
 @pytest.mark.parametrize("real, fake, d_loss, g_loss", [
@@ -110,41 +132,20 @@ def test_a_step_worked_by_hand():
     assert generator.value.item() == pytest.approx(log3 + (1 - d_fake) * v)
 
 
-def test_generator_has_a_gradient_where_the_discriminator_is_certain():
-    logit = torch.tensor([-20.0], requires_grad=True)
-    generator_loss(logit).backward()
-    assert logit.grad.item() == pytest.approx(-1)
-
-
-@pytest.mark.parametrize("step", [1, R1_INTERVAL])
-def test_discriminators_update_leaves_the_generator_untouched(networks, step):
-    generator, discriminator = networks
-    before = weights(generator)
-    d_optimizer = sgd(discriminator)
-    seen = []
-
-    def after_update(*_):
-        seen.append(equal(weights(generator), before))
-        seen.append(all(weight.grad is None for weight in generator.parameters()))
-
-    d_optimizer.register_step_post_hook(after_update)
-    adversarial_step(generator, discriminator, sgd(generator), d_optimizer, real_images(8), step)
-    assert seen == [True, True]
-
-
-def test_generators_update_leaves_the_discriminator_untouched(networks):
-    generator, discriminator = networks
-    d_optimizer = sgd(discriminator)
-    after_its_own_update = []
-
-    def remember(*_):
-        gradients = [weight.grad.clone() for weight in discriminator.parameters()]
-        after_its_own_update.extend(weights(discriminator) + gradients)
-
-    d_optimizer.register_step_post_hook(remember)
-    adversarial_step(generator, discriminator, sgd(generator), d_optimizer, real_images(8), step=1)
-    gradients = [weight.grad for weight in discriminator.parameters()]
-    assert equal(weights(discriminator) + gradients, after_its_own_update)
+def test_optimizer_is_adam_with_half_of_the_past_gradient(networks):
+    for network in networks:
+        optimizer = make_optimizer(network, lr=0.1)
+        values = [weights(network)]
+        for gradient in (1.0, -1.0):
+            for weight in network.parameters():
+                weight.grad = torch.full_like(weight, gradient)
+            optimizer.step()
+            values.append(weights(network))
+        # The first update is lr. Then the mean of the gradients is 0.5 * (0.5 * 1) + 0.5 * (-1) =
+        # -0.25, which Adam divides by 1 - 0.5^2. The mean of their squares is 1.
+        for first, second, third in zip(*values):
+            torch.testing.assert_close(second, first - 0.1)
+            torch.testing.assert_close(third, second + 0.1 * 0.25 / 0.75)
 
 
 @pytest.mark.parametrize("step", [1, R1_INTERVAL])
@@ -181,11 +182,11 @@ def test_step_equals_a_direct_computation(networks, step):
 
         expected = torch.stack([d_loss, g_loss, d_real.mean(), d_fake.mean()]).float()
         assert list(losses) == ["d_loss", "g_loss", "d_real", "d_fake"]
+        assert not any(loss.requires_grad for loss in losses.values())  # the graph would be kept
         torch.testing.assert_close(torch.stack(list(losses.values())), expected,
                                    rtol=1e-3, atol=1e-4)
         for network, long_way in ((generator, g_long), (discriminator, d_long)):
-            for weight, expected in zip(weights(network), weights(long_way), strict=True):
-                torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(weights(network), weights(long_way), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("step", [1, R1_INTERVAL])
@@ -258,12 +259,13 @@ def test_generating_changes_nothing_in_the_generator(generator, training):
     before = copy.deepcopy(generator.state_dict())
     generate(generator, sample_latent(9))
     assert all(layer.training == training for layer in generator.modules())
-    assert equal(generator.state_dict().values(), before.values())
+    assert equal(generator.state_dict(), before)
 
 
-def test_every_experiment_of_the_benchmark_still_applies_to_the_program(tmp_path):
-    for name, edits in benchmark.EXPERIMENTS.items():
-        benchmark.copy_program(tmp_path / name)
-        benchmark.apply(edits, tmp_path / name)
-        for script in (tmp_path / name).glob("*.py"):
-            compile(script.read_text(encoding="utf-8"), script.name, "exec")
+@pytest.mark.parametrize("available, device", [
+    ([], "cpu"), (["mps"], "mps"), (["cuda"], "cuda"), (["mps", "cuda"], "cuda")])
+def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch, available, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in available)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in available)
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: torch.ones(1))
+    assert gan.pick_device("auto") == torch.device(device)
