@@ -55,15 +55,18 @@ LATENT_DIM = N_CATEGORIES + NOISE_DIM  # follows from the others; do not set it 
 def sample_latent(count, device="cpu", random=None, category=None):
     """Draw `count` latent vectors z, the input of the generator, as floats (count, LATENT_DIM).
 
-    A latent vector consists of a category, drawn at random, and noise. With `category`, from 0 to
-    N_CATEGORIES - 1, all have that one, and the same noise as without it. `random` is a
-    torch.Generator on `device`, which is PyTorch's name for a source of random numbers. It has
-    nothing to do with the class Generator below. None selects PyTorch's default source.
+    A latent vector consists of a category, drawn at random, and noise. `category` chooses it, from
+    0 to N_CATEGORIES - 1: a number for all vectors, or a tensor (count,). The noise is the same as
+    without it. `random` is a torch.Generator on `device`, which is PyTorch's name for a source of
+    random numbers. It has nothing to do with the class Generator below. None selects PyTorch's
+    default source.
 
     Raises InputError for a category that does not exist.
     """
-    if category is not None and not 0 <= category < N_CATEGORIES:
-        raise InputError(f"category {category}: gan.py has {N_CATEGORIES} categories, from 0 on")
+    if category is not None:
+        category = torch.as_tensor(category, device=device)
+        if (category < 0).any() or (category >= N_CATEGORIES).any():
+            raise InputError(f"category {category.tolist()}: there are {N_CATEGORIES}, from 0 on")
     # Most GANs use noise only. But a network is continuous: if z changes gradually, the image does
     # too. Slant and stroke width vary gradually. The kind of digit does not: on the way from a 3 to
     # a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,
@@ -72,7 +75,7 @@ def sample_latent(count, device="cpu", random=None, category=None):
     if N_CATEGORIES > 0:
         number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
         if category is not None:
-            number.fill_(category)
+            number[:] = category
         # A network reads a category as a "one-hot" vector: one entry is 1, and the others are 0.
         # No label and no loss ties a category to a digit. G finds it useful by itself to draw
         # similar digits in one category. InfoGAN adds a loss for this (Chen et al. 2016,

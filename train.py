@@ -202,7 +202,6 @@ def save_run(out, run, epoch, parts):
     states = {name: part.state_dict() for name, part in parts.items()}
     files = {"generator.pt": {"average": states["average"]},
              "checkpoint.pt": run | {"epoch": epoch} | states}
-    (out / "losses.csv").write_text(run["log"])  # this removes the rows of an unfinished epoch
     # The new files are written beside the old ones. These are kept if the disk is full, or if the
     # process is killed.
     with tempfile.TemporaryDirectory(dir=out) as folder:
@@ -214,6 +213,7 @@ def save_run(out, run, epoch, parts):
             refuse_taken(out)
         for name in files:
             os.replace(Path(folder, name), out / name)
+    (out / "losses.csv").write_text(run["log"])  # this removes the rows of an unfinished epoch
     run["epoch"] = epoch
 
 

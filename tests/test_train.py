@@ -226,12 +226,17 @@ def test_of_two_processes_only_one_gets_the_folder(data, tmp_path):
     assert "already holds a run" in max(errors) and max(errors).count("\n") == 1
 
 
-def test_process_that_comes_too_late_leaves_a_complete_run_alone(cli, data, at_step, straight):
-    def overtake(_):
-        shutil.rmtree("out")
-        shutil.copytree(straight[0], "out")
+@pytest.mark.parametrize("rows", [1, 2])  # the second row is the last one before the first saving
+def test_process_that_comes_too_late_leaves_a_complete_run_alone(
+        cli, data, straight, monkeypatch, rows):
+    def overtake(*_):
+        calls.append(1)
+        if len(calls) == rows:
+            shutil.rmtree("out")
+            shutil.copytree(straight[0], "out")
 
-    at_step(3, overtake)
+    calls = []
+    monkeypatch.setattr(train, "check_finite", overtake)
     status, _, err = cli(train, "--data", data, "--out", "out", *SMALL)
     assert status == 2 and "already holds a run" in err and err.count("\n") == 1
     assert_same_run(Path("out"), straight[0])
