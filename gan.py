@@ -29,14 +29,18 @@ import torch.nn.functional as F
 from torch import nn
 
 # The number of colour channels: 1 for grey images, 3 for red, green and blue. The height and width
-# are not written anywhere. They follow from the layers of G, and must be those of the real images.
+# of a fake follow from the layers of G. They must be those of the real images.
 CHANNELS = 1
+
+
+class InputError(ValueError):
+    """Raised for invalid input. The scripts print its message without a traceback."""
 
 
 def from_pixels(pixels):
     """Scale grey levels, uint8 from 0 (black) to 255 (white), to floats from -1 to 1."""
-    # This must be the range of G's output. If real images left it, D could recognise them by that
-    # alone. If they filled only a part of it, D could recognise fakes that leave this part.
+    # Real images must have the range of G's output. Otherwise D could tell them from fakes by their
+    # brightness alone.
     return pixels.float() / 127.5 - 1
 
 
@@ -47,7 +51,7 @@ def to_pixels(images):
 
 
 N_CATEGORIES = 10     # as many as there are digits; with 0, z is noise only, as in most GANs
-NOISE_DIM = 54        # makes 64 numbers together, not tuned; DCGAN uses 100 numbers of noise
+NOISE_DIM = 54        # so that z has 64 numbers; not tuned; DCGAN uses 100 numbers of noise
 CATEGORY_SCALE = 4.0  # weighs the category against the noise, see sample_latent
 LATENT_DIM = N_CATEGORIES + NOISE_DIM  # follows from the others; do not set it by itself
 
@@ -128,10 +132,10 @@ class Generator(nn.Module):
             nn.BatchNorm2d(c2),
             nn.ReLU(),
 
-            # Kernel size 4 is a multiple of the stride, so every pixel receives equally many
+            # Kernel size 4 is a multiple of the stride, so every pixel inside receives equally many
             # copies. With 3 or 5, some receive more than their neighbours, and the image can show a
             # checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). The layer
-            # above has size 3. Its checkerboard would be 4 pixels wide, and the digits show none.
+            # above has size 3, but two more layers follow it, and the digits show none.
             nn.ConvTranspose2d(c2, c3, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
             nn.BatchNorm2d(c3),
             nn.ReLU(),
@@ -163,8 +167,8 @@ class Discriminator(nn.Module):
         c1, c2, c3, c4 = 16, 32, 96, 192  # feature maps; chosen for speed, like those of G
         self.layers = nn.Sequential(
             # Stride 2 halves the height and width. DCGAN uses it in place of pooling (section 3):
-            # D then learns how to shrink an image. There is no batch norm in this layer, because
-            # DCGAN was unstable with it in D's first layer.
+            # D then learns how to shrink an image. DCGAN was unstable with batch norm in all
+            # layers. It has none in this layer and in G's last one.
             nn.Conv2d(CHANNELS, c1, 4, stride=2, padding=1),                  # (N, 16, 14, 14)
             # Where its input is negative, LeakyReLU(0.2) passes a fifth of the gradient to the
             # layers before it, and in the end to the fakes. ReLU would pass none. 0.2 is DCGAN's.
@@ -241,8 +245,8 @@ def generator_loss(fake_logits):
 
 
 def probability(logits):
-    """Turn the output of D into D(x), from 0 to 1. Only the log uses it."""
-    # It belongs to the losses above: another loss, or a sigmoid at the end of D, changes it too.
+    """Turn the output of D into D(x), from 0 to 1. It is used for losses.csv only."""
+    # It belongs to the losses above: with another loss, or a sigmoid at the end of D, edit it too.
     return logits.sigmoid()
 
 
@@ -293,7 +297,7 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     # 1. Update D.
     z = sample_latent(len(real), device=real.device)                          # (N, LATENT_DIM)
     fake = generator(z)                                                       # (N, 1, 28, 28)
-    # D may accept images of either size. It would then learn the size, and G nothing.
+    # D accepts some other sizes too. It would recognise fakes by their size, and G learn nothing.
     if fake.shape != real.shape:
         raise InputError(f"the generator makes images of shape {tuple(fake.shape[1:])}, but the "
                          f"real images have shape {tuple(real.shape[1:])}; change the layers and "
@@ -351,7 +355,7 @@ def update_average(average, generator, step):
     # steps has more than 98 % of the weight. An exponential average has a constant fraction, which
     # must be chosen to suit the length.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
-    # The buffers are batch norm's running means and variances. They belong to the weights.
+    # The buffers are batch norm's running means and variances. They must fit the averaged weights.
     olds = [*average.parameters(), *average.buffers()]
     news = [*generator.parameters(), *generator.buffers()]
     for old, new in zip(olds, news):
@@ -373,10 +377,6 @@ def generate(generator, z):
 
 
 # The rest is not specific to GANs. The scripts share it.
-
-
-class InputError(ValueError):
-    """Raised for invalid input. The scripts print its message without a traceback."""
 
 
 def pick_device(name):

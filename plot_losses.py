@@ -47,10 +47,10 @@ def plot(csv_path, out):
             axes.axhline(indifferent, color=colour, linestyle=":", linewidth=1)
         axes.legend(loc="upper right")
         axes.grid(alpha=0.2)
-    losses.set_ylabel("loss (dotted: 2 log 2, log 2)")
+    losses.set_ylabel("loss (dotted: D outputs 0.5)")
     if (log["g_loss"] >= 0).all():  # other losses can be negative, and would be cut off
         losses.set_ylim(bottom=0)
-    outputs.set_ylabel("mean output of D (dotted: 0.5)")
+    outputs.set_ylabel("mean output of D")
     outputs.set_ylim(0, 1)
     outputs.set_xlabel(x_label)
     Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def interpolate(generator, count, seed=0, category=None):
     """
     # The category stays the same, because G was never trained on a value between two categories.
     # A category can produce several similar digits, so a 4 may still turn into a 9.
-    kept, a = split_latent(draw_latents(count, seed, category)[:count])
+    categories, a = split_latent(draw_latents(count, seed, category)[:count])
     _, b = split_latent(draw_latents(count, seed + 1)[:count])
     frames = []
     for frame in range(FRAMES):
@@ -68,7 +68,7 @@ def interpolate(generator, count, seed=0, category=None):
         # training. Halfway along a straight line from a to b, it would be shorter than nearly all
         # noise in training.
         noise = math.cos(t) * a + math.sin(t) * b
-        frames.append(generate(generator, torch.cat([kept, noise], dim=1)))
+        frames.append(generate(generator, torch.cat([categories, noise], dim=1)))
     return torch.stack(frames)
 
 

@@ -37,7 +37,7 @@ SETTINGS = {  # default, smallest and largest value
     "seed": (0, 0, 2**63 - 1),
     "limit": (10**9, 1, 10**9),  # the default is more than any set of images has
 }
-LOG_EVERY = 20  # steps in a row of losses.csv; the last row of an epoch can have fewer
+LOG_EVERY = 20  # a row of losses.csv is the mean of so many steps, or of fewer as an epoch ends
 
 
 def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit=None, data=None,
@@ -61,7 +61,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
 
     torch.manual_seed(seed)  # for the first weights; each epoch has a seed of its own
     # On a CPU, the channels of a pixel are stored next to one another. Convolutions are faster on
-    # some CPUs this way (results/README.md, "Speed").
+    # some CPUs this way, and not slower on others (results/README.md, "Speed").
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     generator = Generator().to(device, memory_format=layout)
     discriminator = Discriminator().to(device, memory_format=layout)
@@ -92,18 +92,18 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
         # disable=None hides the bar if stderr is not a terminal.
         bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
                    disable=None)
-        losses = []  # of each step of this epoch
+        losses, row = [], []  # of the steps of this epoch, and of those since the last row of the log
         started = time.perf_counter()
         # Steps are counted over all epochs, because the penalty and the average depend on them.
         for step, indices in enumerate(bar, start=(epoch - 1) * steps_per_epoch + 1):
             real = from_pixels(images[indices])                       # (batch_size, 1, 28, 28)
-            losses.append(adversarial_step(
+            row.append(adversarial_step(
                 generator, discriminator, g_optimizer, d_optimizer, real, step))
             update_average(average, generator, step)
 
-            if len(losses) % LOG_EVERY == 0 or len(losses) == steps_per_epoch:
-                previous = (len(losses) - 1) // LOG_EVERY * LOG_EVERY  # the steps in earlier rows
-                means = mean_losses(losses[previous:])
+            if len(row) == LOG_EVERY or step == epoch * steps_per_epoch:
+                means = mean_losses(row)
+                losses, row = losses + row, []
                 add_row(out, run, epoch, step, means)
                 check_finite(epoch, means, weights)
                 bar.set_postfix_str(f"d_loss {means['d_loss']:.2f}, g_loss {means['g_loss']:.2f}",
@@ -120,7 +120,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
     try:
         save_training_animation(out / "samples", out / "digits_form.gif")
         plot(out / "losses.csv", out / "losses.png")
-    except Exception as error:  # whatever is wrong with them, the run is complete
+    except Exception as error:  # whatever is wrong with the pictures, the run is complete
         print(f"{out}: the animation or the plot was not drawn ({error!r})", flush=True)
     return average
 
@@ -149,13 +149,13 @@ def check_finite(epoch, means, weights):
     total = sum(means.values()) + sum(weight.sum() for weight in weights)
     if not torch.isfinite(total):
         raise FloatingPointError(
-            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN; the last "
-            "complete epoch is kept. Begin a new run with a lower learning rate (lr)")
+            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. Nothing of "
+            "this epoch is saved. Begin a new run with a lower learning rate (lr)")
 
 
 def refuse_taken(out):
-    """Raise InputError if the folder holds a run, that is, at least one complete epoch."""
-    for name in ("checkpoint.pt", "generator.pt", "losses.png", "samples/epoch_0001.png"):
+    """Raise InputError if the folder holds a run. A run has at least one complete epoch."""
+    for name in ("checkpoint.pt", "generator.pt", "samples/epoch_0001.png"):
         if (out / name).exists():
             raise InputError(f"{out} already holds a run; use --resume, or choose another --out")
 
@@ -176,15 +176,15 @@ def open_run(out, resume, data, given):
     given = {name: value for name, value in given.items() if value is not None}
     settings = {"data": ""} | defaults | saved | given
     for name, (default, smallest, largest) in SETTINGS.items():
-        number = type(default)(settings[name])  # NumPy's numbers would not load again
+        number = type(default)(settings[name])  # load_checkpoint would refuse NumPy's numbers
         if number != settings[name] or not smallest <= number <= largest:
             kind = "whole number" if isinstance(default, int) else "number"
             raise InputError(f"{name} {settings[name]!r}: use a {kind}, {smallest} to {largest}")
         settings[name] = number
     if data:
         settings["data"] = str(Path(os.path.expanduser(data)).resolve())
-    # SHIPPED_DATA / "" is SHIPPED_DATA, and SHIPPED_DATA / "/a/path" is /a/path.
-    images = load_images(SHIPPED_DATA / settings["data"])[:settings["limit"]]
+    images = load_images(Path(settings["data"] or SHIPPED_DATA))[:settings["limit"]]
+    settings["limit"] = len(images)
     settings["checksum of the images"] = zlib.crc32(images.contiguous().numpy())
     if settings["batch_size"] > len(images):
         raise InputError(f"batch_size {settings['batch_size']}: there are {len(images)} images")
@@ -202,8 +202,8 @@ def save_run(out, run, epoch, parts):
     states = {name: part.state_dict() for name, part in parts.items()}
     files = {"generator.pt": {"average": states["average"]},
              "checkpoint.pt": run | {"epoch": epoch} | states}
-    # The new files are written beside the old ones. These are kept if the disk is full, or if the
-    # process is killed.
+    # The new files are written beside the old ones, so that the old ones are kept if the disk is
+    # full or the process is killed.
     with tempfile.TemporaryDirectory(dir=out) as folder:
         for name, content in files.items():
             buffer = io.BytesIO()
@@ -211,6 +211,7 @@ def save_run(out, run, epoch, parts):
             Path(folder, name).write_bytes(buffer.getbuffer())
         if run["epoch"] == 0:
             refuse_taken(out)
+            (out / "samples/epoch_0001.png").touch(exist_ok=False)  # only one process can do this
         for name in files:
             os.replace(Path(folder, name), out / name)
     (out / "losses.csv").write_text(run["log"])  # this removes the rows of an unfinished epoch
@@ -241,14 +242,14 @@ def load_images(place):
         sizes = [int.from_bytes(content[i:i + 4], "big") for i in range(4, end, 4)]
         pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=end).view(sizes)
         pixels = pixels.view(*sizes[:3], -1)                          # (N, height, width, channels)
-        return pixels.permute(0, 3, 1, 2).contiguous()
+        return pixels.permute(0, 3, 1, 2)
     except (EOFError, IndexError, RuntimeError, ValueError, gzip.BadGzipFile, zlib.error):
         raise InputError(f"{found[0]} is damaged, or holds no images in MNIST's format") from None
 
 
 def main():
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
-    # An option that is left out is None, except for --device and --out. train() has the defaults.
+    # A setting that is left out is None: a run that is resumed has its own.
     add = parser.add_argument
     add("--epochs", type=int, help=f"total number of epochs (default: {SETTINGS['epochs'][0]})")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
@@ -264,7 +265,8 @@ def main():
         train(**vars(arguments))  # each option is an argument of train()
     except KeyboardInterrupt:
         command = ["python", "train.py", *sys.argv[1:]]
-        if Path(arguments.out, "checkpoint.pt").exists() and not arguments.resume:
+        checkpoint = Path(os.path.expanduser(arguments.out), "checkpoint.pt")
+        if checkpoint.exists() and not arguments.resume:
             command.append("--resume")
         parser.exit(130, f"train.py: stopped; go on with: {shlex.join(command)}\n")
     except InputError as error:
