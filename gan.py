@@ -88,8 +88,8 @@ def sample_latent(count, device="cpu", random=None, category=None):
     # The noise varies the digit within its category. Its distribution must be easy to draw from.
     # Normal and uniform noise are both common; G learns to reshape either.
     noise = torch.randn(count, NOISE_DIM, device=device, generator=random)    # (N, 54)
-    # The length of the noise is about 7, the root of 54. A category of length 1 would hardly count.
-    # Near 100, G would ignore the noise (README, "Mode collapse").
+    # The length of the noise is about 7, the root of 54. The category must count beside it, and not
+    # drown it: with a scale of 100, G ignores the noise (README, "Mode collapse").
     return torch.cat([CATEGORY_SCALE * one_hot, noise], dim=1)                # (N, 64)
 
 
@@ -109,7 +109,7 @@ class Generator(nn.Module):
         super().__init__()
         # How many feature maps each layer makes. Halving them as the image grows follows DCGAN, the
         # convolutional GAN of most tutorials (Radford et al. 2015, arxiv.org/abs/1511.06434). The
-        # numbers are chosen for speed on a laptop, and not tuned.
+        # numbers are small for speed on a CPU, and not tuned.
         c1, c2, c3 = 128, 64, 32
         self.layers = nn.Sequential(
             # Each entry of z adds its own pattern to the feature maps. There is no bias: exactly
@@ -127,7 +127,7 @@ class Generator(nn.Module):
             # pixels apart and are added where they overlap. `padding` pixels are cut off at each
             # edge. From size 4, this makes (4 - 1) * stride + 3 - 2 * padding = 7. Kernel size 4
             # would make 8, and in the end images of 32x32 pixels.
-            # There is no bias here: batch norm subtracts the mean, and the bias with it.
+            # There is no bias: batch norm subtracts a feature map's mean, and the bias with it.
             nn.ConvTranspose2d(c1, c2, 3, stride=2, padding=1, bias=False),   # (N, 64, 7, 7)
             nn.BatchNorm2d(c2),
             nn.ReLU(),
@@ -250,8 +250,8 @@ def probability(logits):
     return logits.sigmoid()
 
 
-R1_GAMMA = 0.03   # gamma in the paper, which uses 10 for far larger images
-R1_INTERVAL = 16  # the number of steps from one penalty to the next, as in StyleGAN2
+R1_GAMMA = 0.03   # "gamma" in the paper below, which uses 10 for far larger images
+R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2 (Karras et al. 2020)
 
 
 def r1_penalty(discriminator, real):
@@ -306,7 +306,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     # the batch. In G's update, D will see a batch of fakes. It must have been trained on such.
     real_logits = discriminator(real)                                         # (N,)
     # detach() stops the gradient at the fakes: this loss is for D alone. Without it, backward()
-    # would run on through G, and free the graph of `fake`, which G's update still needs.
+    # would run on through G, and free PyTorch's record of how the fakes were made (the "graph"),
+    # which G's update still needs.
     fake_logits = discriminator(fake.detach())                                # (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
     penalty = 0.0
@@ -338,7 +339,7 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     }
 
 
-AVERAGE_K = 40  # with a smaller value, the running average reaches further back
+AVERAGE_K = 40  # a smaller value reaches further back; 20 is about as good (results/README.md)
 
 
 @torch.no_grad()

@@ -81,21 +81,14 @@ class Code:
         return Path.touch, (Path("it ran"),)
 
 
-def damage(path, how):
-    """Put a file that is no checkpoint, or not a whole one, in the place of a good one."""
-    whole, content = path.read_bytes(), torch.load(path)
-    path.unlink()
-    if how == "truncated":
-        path.write_bytes(whole[:-1000])
-    if how == "list":
-        torch.save([1, 2, 3], path)
-    if how == "other weights":
-        torch.save(content | {"average": {"weight": torch.zeros(3)}}, path)
-    if how == "code":
-        torch.save(content | {"code": Code()}, path)
-
-
-DAMAGES = ["missing", "truncated", "list", "other weights", "code"]
+# Ways to put a file that is no checkpoint, or not a whole one, in the place of a good one.
+DAMAGES = {
+    "missing": lambda path, good: path.unlink(),
+    "truncated": lambda path, good: path.write_bytes(path.read_bytes()[:-1000]),
+    "list": lambda path, good: torch.save([1, 2, 3], path),
+    "weights": lambda path, good: torch.save(good | {"average": {"w": torch.zeros(3)}}, path),
+    "code": lambda path, good: torch.save(good | {"code": Code()}, path),
+}
 
 
 @pytest.fixture(autouse=True)

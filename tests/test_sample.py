@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 import train
-from conftest import DAMAGES, ROOT, blobs, complaint, contents, damage, idx, readme_code
+from conftest import DAMAGES, ROOT, blobs, complaint, contents, idx, readme_code
 from gan import Generator
 
 
@@ -144,6 +144,25 @@ def test_cells_of_the_readme_run_in_a_notebook(monkeypatch, tmp_path):
             assert pixels(path).std() > 0
 
 
+def test_folder_of_pictures_becomes_a_data_set_as_the_readme_says(capsys):
+    code, = readme_code("Your own images")
+    Path("my-images", "more").mkdir(parents=True)
+    Path("my-images", "notes.txt").write_text("no picture")
+    with pytest.raises(SystemExit, match="no pictures"):
+        exec(code, {})
+    large = [Image.fromarray(image.numpy()).resize((56, 56), 0) for image in blobs(6)]
+    ink = Image.new("L", (56, 56), 255)
+    large[0].convert("RGB").save("my-images/0.png")
+    large[1].save("my-images/1.JPEG")
+    Image.fromarray(numpy.array(large[2]).astype(numpy.uint16) * 257).save("my-images/2.PNG")
+    Image.merge("LA", (ink, large[3])).save("my-images/3.png")
+    Image.merge("RGBA", (ink, ink, ink, large[4])).save("my-images/4.png")
+    large[5].convert("P").save("my-images/more/5.png")
+    exec(code, {})
+    difference = train.load_images(Path("my-images.idx")).int() - blobs(6).unsqueeze(1)
+    assert difference.abs().float().mean() < 8 and "(6, 28, 28)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [
     "--out grid.jpg", "--out grid", "--count 0", "--count 2.5", "--count 100001", "--seed -1",
     "--out walk.gif --count 401", "--category 10", "--category -1", "--category three",
@@ -161,6 +180,6 @@ def test_bad_options_are_named_in_one_line_and_nothing_is_written(
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_checkpoint_that_does_not_fit_is_one_line(cli, checkpoint, how):
-    damage(checkpoint, how)
+    DAMAGES[how](checkpoint, torch.load(checkpoint))
     line = complaint(cli(sample, "--out", "grid.png", "--checkpoint", checkpoint))
     assert str(checkpoint) in line and not contents(".")  # no code has run either
