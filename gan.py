@@ -70,7 +70,8 @@ def sample_latent(count, device="cpu", random=None, category=None):
     if category is not None:
         category = torch.as_tensor(category, device=device)
         if (category < 0).any() or (category >= N_CATEGORIES).any():
-            raise InputError(f"category {category.tolist()}: there are {N_CATEGORIES}, from 0 on")
+            raise InputError(f"category {category.tolist()}: gan.py has N_CATEGORIES = "
+                             f"{N_CATEGORIES}, and the first one is 0")
     # Most GANs use noise only. But a network is continuous: if z changes gradually, the image does
     # too. Slant and stroke width vary gradually. The kind of digit does not: on the way from a 3 to
     # a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,

@@ -108,11 +108,11 @@ def save_array(images, path):
 def main():
     parser = argparse.ArgumentParser(description="Generate new digits with a trained generator.")
     add = parser.add_argument
-    add("--out", default="grid.png", help="output: a .png grid, a .gif animation, or a .npy array, "
-                                          "uint8 (count, 28, 28) (default: %(default)s)")
+    add("--out", default="grid.png", help="output: a .png grid, a .gif animation, or a .npy array "
+                                          "of bytes (default: %(default)s)")
     add("--count", type=int, default=100, help="number of digits (default: %(default)s)")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    add("--category", type=int, help=f"draw only this category, 0 to {N_CATEGORIES - 1}; most "
+    add("--category", type=int, help=f"draw only this category, of {N_CATEGORIES} from 0 on; most "
                                      "draw one digit, or a few similar ones (default: all)")
     add("--checkpoint", help="a checkpoint.pt or generator.pt (default: out/generator.pt if it "
                              "exists, else results/generator.pt)")

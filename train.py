@@ -92,7 +92,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
         # disable=None hides the bar if stderr is not a terminal.
         bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
                    disable=None)
-        losses, row = [], []  # of the steps of this epoch, and of those since the last row of the log
+        losses, row = [], []  # of the steps of this epoch, and of those since the last row
         started = time.perf_counter()
         # Steps are counted over all epochs, because the penalty and the average depend on them.
         for step, indices in enumerate(bar, start=(epoch - 1) * steps_per_epoch + 1):
@@ -149,8 +149,8 @@ def check_finite(epoch, means, weights):
     total = sum(means.values()) + sum(weight.sum() for weight in weights)
     if not torch.isfinite(total):
         raise FloatingPointError(
-            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. Nothing of "
-            "this epoch is saved. Begin a new run with a lower learning rate (lr)")
+            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. This epoch "
+            "is not saved. Begin a new run with a lower learning rate (lr)")
 
 
 def refuse_taken(out):

@@ -54,14 +54,14 @@ def test_chosen_category_leaves_the_noise_as_it_is():
     same = split_latent(drawn)[0][:, 4] > 0  # these have the category 4 anyway
     assert torch.equal(chosen[same], drawn[same]) and 0 < same.sum() < 50
     for category in (-1, N_CATEGORIES):
-        with pytest.raises(InputError, match=f"category {category}: there are {N_CATEGORIES},"):
+        with pytest.raises(InputError, match=f"category {category}: .* {N_CATEGORIES},"):
             sample_latent(1, category=category)
 
 
 def test_without_categories_the_latent_is_noise(monkeypatch):
     monkeypatch.setattr(gan, "N_CATEGORIES", 0)
     assert sample_latent(5).shape == (5, gan.NOISE_DIM)
-    with pytest.raises(InputError, match="there are 0,"):
+    with pytest.raises(InputError, match="N_CATEGORIES = 0,"):
         sample_latent(5, category=0)
 
 
