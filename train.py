@@ -149,8 +149,8 @@ def check_finite(epoch, means, weights):
     total = sum(means.values()) + sum(weight.sum() for weight in weights)
     if not torch.isfinite(total):
         raise FloatingPointError(
-            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. This epoch "
-            "is not saved. Begin a new run with a lower learning rate (lr)")
+            f"training diverged in epoch {epoch}: a loss or a weight is infinite or NaN. This "
+            "epoch is not saved. Begin a new run with a lower learning rate (lr)")
 
 
 def refuse_taken(out):
