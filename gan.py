@@ -81,9 +81,9 @@ def sample_latent(count, device="cpu", random=None, category=None):
         number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
         if category is not None:
             number[:] = category
-        # A network reads a category as a "one-hot" vector: one entry is 1, and the others are 0.
-        # No label and no loss ties a category to a digit. G finds it useful by itself to draw
-        # similar digits in one category. InfoGAN adds a loss for this (Chen et al. 2016,
+        # A network reads a category as a "one-hot" vector: one entry is 1, and the others are 0. No
+        # label and no loss ties a category to a digit. G tends to draw similar digits in one
+        # category all the same. InfoGAN adds a loss for this (Chen et al. 2016,
         # arxiv.org/abs/1606.03657), and calls the category a categorical latent code.
         one_hot = F.one_hot(number, N_CATEGORIES)                             # (N, 10)
     # The noise varies the digit within its category. Its distribution must be easy to draw from.
@@ -113,8 +113,9 @@ class Generator(nn.Module):
         # numbers are small for speed on a CPU, and not tuned.
         c1, c2, c3 = 128, 64, 32
         self.layers = nn.Sequential(
-            # Each entry of z adds its own pattern to the feature maps. There is no bias: exactly
-            # one entry of the category is not 0, and its pattern acts as a bias.
+            # Each entry of z adds its own pattern to the feature maps. There is no bias: one entry
+            # of the category is never 0, and its pattern acts as a bias. (It works for noise alone,
+            # too.)
             nn.Linear(LATENT_DIM, c1 * 4 * 4, bias=False),                    # (N, 2048)
             nn.Unflatten(1, (c1, 4, 4)),                                      # (N, 128, 4, 4)
             # Batch norm takes all values of one feature map in a batch, scales them to mean 0 and
@@ -176,8 +177,9 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
 
             # With batch norm, D's output for an image depends a little on the rest of its batch. D
-            # can notice that the fakes of a batch resemble one another (Salimans et al. 2016,
-            # arxiv.org/abs/1606.03498, section 3.2), and G must then vary them.
+            # may then notice that the fakes of a batch resemble one another, as the minibatch
+            # discrimination of Salimans et al. does on purpose (2016, arxiv.org/abs/1606.03498,
+            # section 3.2).
             nn.Conv2d(c1, c2, 4, stride=2, padding=1, bias=False),            # (N, 32, 7, 7)
             nn.BatchNorm2d(c2),
             nn.LeakyReLU(0.2),
@@ -194,9 +196,9 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),
 
             # A logit is an unbounded number. Its sigmoid is a probability. D does not end in the
-            # sigmoid, because float32 rounds the sigmoid of 17 to exactly 1, where log(1 - D) has
-            # no value. D could not learn from the fakes that deceive it most. The losses below
-            # compute the logarithm directly from the logit.
+            # sigmoid, because PyTorch's float32 sigmoid of 17 is exactly 1, where log(1 - D) has no
+            # value. D could not learn from the fakes that deceive it most. The losses below compute
+            # the logarithm directly from the logit.
             nn.Flatten(),                                                     # (N, 3072)
             nn.Linear(c4 * 4 * 4, 1),                                         # (N, 1)
             nn.Flatten(0),                                                    # (N,)
@@ -213,7 +215,7 @@ def init_weights(module):
     `apply` calls this function for every layer. Other layers keep PyTorch's initialisation.
     """
     # In G's last layer, which no batch norm follows, small weights keep the first fakes between -1
-    # and 1. With PyTorch's initialisation, Hardtanh would cut off a third of their pixels.
+    # and 1. With PyTorch's initialisation, Hardtanh would cut off about a third of their pixels.
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
@@ -322,9 +324,9 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     d_optimizer.step()
 
     # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. Using the same ones saves
-    # the time to make them. D was just trained on them, so it rates them a little lower than new
-    # ones. D has changed, so it must be applied again. `fake_logits` would not do in any case:
-    # detach() has cut them off from G.
+    # the time to make them. D was just trained on them, so it probably rates them a little lower
+    # than new ones. D has changed, so it must be applied again. `fake_logits` would not do in any
+    # case: detach() has cut them off from G.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     # The gradient passes through D to the fakes, and on to G. `inputs` says that only G's weights
@@ -351,12 +353,12 @@ def update_average(average, generator, step):
     """
     # G and D react to each other, so G's weights keep moving around a good solution instead of
     # settling there. Their average is closer to it (Yazıcı et al. 2018, arxiv.org/abs/1806.04498).
-    # In each step, the average moves towards the newest weights by this fraction of the way. It is
-    # 1 in step 1, and falls from then on (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). So the
+    # In each step, it moves towards the newest weights by a fraction of the way.
+    fraction = AVERAGE_K / (step + AVERAGE_K - 1)
+    # The fraction is 1 in step 1, then falls (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). The
     # average always covers the last part of the run, whatever its length: the last tenth of the
     # steps has more than 98 % of the weight. An exponential average has a constant fraction, which
     # must be chosen to suit the length.
-    fraction = AVERAGE_K / (step + AVERAGE_K - 1)
     # The buffers are batch norm's running means and variances. They must fit the averaged weights.
     olds = [*average.parameters(), *average.buffers()]
     news = [*generator.parameters(), *generator.buffers()]
