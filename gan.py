@@ -75,7 +75,7 @@ def sample_latent(count, device="cpu", random=None, category=None):
     # Most GANs use noise only. But a network is continuous: if z changes gradually, the image does
     # too. Slant and stroke width vary gradually. The kind of digit does not: on the way from a 3 to
     # a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,
-    # arxiv.org/abs/1806.00880). A category makes the set of all z fall into separate parts.
+    # arxiv.org/abs/1806.00880). With categories, the set of all z has separate parts.
     one_hot = torch.zeros(count, 0, device=device)
     if N_CATEGORIES > 0:
         number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
@@ -113,9 +113,9 @@ class Generator(nn.Module):
         # numbers are small for speed on a CPU, and not tuned.
         c1, c2, c3 = 128, 64, 32
         self.layers = nn.Sequential(
-            # Each entry of z adds its own pattern to the feature maps. There is no bias: one entry
-            # of the category is never 0, and its pattern acts as a bias. (It works for noise alone,
-            # too.)
+            # Each entry of z adds its own pattern to the feature maps. There is no bias: in every
+            # z, one entry of the category is 4, and its pattern acts as a bias. (It works for noise
+            # alone, too.)
             nn.Linear(LATENT_DIM, c1 * 4 * 4, bias=False),                    # (N, 2048)
             nn.Unflatten(1, (c1, 4, 4)),                                      # (N, 128, 4, 4)
             # Batch norm takes all values of one feature map in a batch, scales them to mean 0 and
@@ -145,10 +145,10 @@ class Generator(nn.Module):
             # Batch norm here would force the same brightness and contrast on every batch.
             nn.ConvTranspose2d(c3, CHANNELS, 4, stride=2, padding=1),         # (N, 1, 28, 28)
             # Hardtanh cuts values off at -1 and 1, the range of real images. DCGAN uses tanh, which
-            # reaches the ends only for infinite inputs: much of the background then stays slightly
+            # reaches the ends only for large inputs: part of the background then stays slightly
             # grey, where MNIST's is exactly black (results/README.md, "Grey levels"). The gradient
-            # of a pixel that was cut off is 0. It can still return, because all pixels and all
-            # images share G's weights.
+            # of a pixel that was cut off is 0. It can still change: other pixels and other images
+            # move the weights that they share.
             nn.Hardtanh(),
         )
         self.apply(init_weights)
@@ -170,7 +170,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(
             # Stride 2 halves the height and width. DCGAN uses it in place of pooling (section 3):
             # D then learns how to shrink an image. DCGAN was unstable with batch norm in all
-            # layers. It has none in this layer and in G's last one.
+            # layers. So this layer and G's last one have none.
             nn.Conv2d(CHANNELS, c1, 4, stride=2, padding=1),                  # (N, 16, 14, 14)
             # Where its input is negative, LeakyReLU(0.2) passes a fifth of the gradient to the
             # layers before it, and in the end to the fakes. ReLU would pass none. 0.2 is DCGAN's.
@@ -184,7 +184,7 @@ class Discriminator(nn.Module):
             nn.BatchNorm2d(c2),
             nn.LeakyReLU(0.2),
 
-            # Stride 1 keeps the size. With this layer, a value of the next one depends on 26x26
+            # Stride 1 keeps the size. With this layer, a value of the next layer depends on 26x26
             # pixels of the image (its "receptive field"), so on a whole digit. Without it, the
             # receptive field would be 18x18 pixels.
             nn.Conv2d(c2, c3, 3, padding=1, bias=False),                      # (N, 96, 7, 7)

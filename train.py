@@ -51,6 +51,8 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
     Raises InputError for unsuitable arguments and files, OSError for files that cannot be read or
     written, and FloatingPointError if the training diverges.
     """
+    if str(out) == "":
+        raise InputError("out is empty; name a folder")
     device, out = pick_device(device), Path(os.path.expanduser(out))
     run, images = open_run(out, resume, data, {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "limit": limit})

@@ -131,6 +131,8 @@ def test_shipped_generator_is_taken_until_there_is_a_run_of_ones_own(cli):
     assert numpy.array_equal(numpy.load("digits.npy"), sample.sample_digits(own, 100).squeeze(1))
 
 
+# The last cell opens a picture for the notebook, which reads and closes it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_cells_of_the_readme_run_in_a_notebook(monkeypatch, tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(blobs(130)))  # in place of MNIST
     monkeypatch.setattr(train, "SHIPPED_DATA", tmp_path)

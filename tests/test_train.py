@@ -277,9 +277,9 @@ def test_bad_options_are_named_in_one_line_and_nothing_is_written(cli, straight,
 
 @pytest.mark.parametrize("name, value", [
     ("epochs", 0), ("epochs", 1.5), ("epochs", "1"), ("batch_size", 0), ("lr", -1.0),
-    ("seed", 2**63)])
+    ("seed", 2**63), ("out", "")])
 def test_notebook_is_told_of_bad_arguments_and_nothing_is_written(data, name, value):
-    with pytest.raises(InputError, match=f"{name} {value!r}: use"):
+    with pytest.raises(InputError, match=f"{name} ({value!r}: use|is empty)"):
         train.train(**{"data": data, "batch_size": 4, "device": "cpu", name: value})
     assert not contents(".")
 
