@@ -185,7 +185,7 @@ def open_run(out, resume, data, given):
         settings[name] = number
     if data:
         settings["data"] = str(Path(os.path.expanduser(data)).resolve())
-    images = load_images(Path(settings["data"] or SHIPPED_DATA))[:settings["limit"]]
+    images = load_images(settings["data"] or SHIPPED_DATA)[:settings["limit"]]
     settings["limit"] = len(images)
     settings["checksum of the images"] = zlib.crc32(images.contiguous().numpy())
     if settings["batch_size"] > len(images):
@@ -226,7 +226,7 @@ def load_images(place):
     The file has MNIST's format, IDX, with or without gzip. In a folder, it has MNIST's name,
     train-images-idx3-ubyte, with or without the ending .gz. Raises InputError if there is none.
     """
-    name = "train-images-idx3-ubyte"
+    place, name = Path(place), "train-images-idx3-ubyte"
     # torchvision stores MNIST in MNIST/raw, and some downloads have a folder around the file.
     folders = [place, place / "MNIST" / "raw", place / name]
     paths = [place, *(folder / file for folder in folders for file in (f"{name}.gz", name))]

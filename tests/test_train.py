@@ -380,7 +380,7 @@ def test_images_are_found_compressed_or_not_and_nothing_is_written(tmp_path, nam
     if compressed:
         content = gzip.compress(content)
     path.write_bytes(content)
-    for place in (tmp_path, path):  # a file may be given as well as its folder
+    for place in (tmp_path, str(path)):  # a file may be given as well as its folder
         assert torch.equal(train.load_images(place), blobs(3).unsqueeze(1))
     assert contents(tmp_path) == {path: content}
 
