@@ -66,7 +66,7 @@ def test_bad_options_are_one_line_before_any_work(cli, monkeypatch, options, wor
 
 
 def test_experiment_that_fails_is_one_line_that_names_its_output(tmp_path):
-    benchmark.apply([("gan.py", "import torch\n", "import torch torch\n")], tmp_path / "try")
+    benchmark.apply([("sample.py", "import argparse\n", "import argparse sys\n")], tmp_path / "try")
     with pytest.raises(InputError, match="output.txt"):
         benchmark.call(tmp_path / "try", "sample.py")
     assert "SyntaxError" in (tmp_path / "try" / "output.txt").read_text()

@@ -33,11 +33,17 @@ def straight(tmp_path_factory, data):
     return out, subprocess.run(command + SMALL, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="session")
+def one_epoch(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("runs") / "short"
+    train.train(epochs=1, device="cpu", batch_size=4, data=data, out=out)
+    return out
+
+
 @pytest.fixture
-def short(data):
-    """A run of one epoch."""
-    train.train(epochs=1, device="cpu", batch_size=4, data=data, out="short")
-    return Path("short")
+def short(one_epoch):
+    """A run of one epoch, which the test may change."""
+    return Path(shutil.copytree(one_epoch, "short"))
 
 
 @pytest.fixture
@@ -172,7 +178,7 @@ def test_plot_in_the_first_epoch_does_not_stop_the_run(cli, data, straight, at_s
     assert_same_run(Path("out"), straight[0])
 
 
-@pytest.mark.parametrize("step", [3, 22, 47])
+@pytest.mark.parametrize("step", [3, 47])
 def test_ctrl_c_prints_the_command_that_goes_on_and_nothing_is_lost(
         cli, data, straight, at_step, step):
     out = Path("it's new")
@@ -184,8 +190,7 @@ def test_ctrl_c_prints_the_command_that_goes_on_and_nothing_is_lost(
     assert_same_run(out, straight[0])
 
 
-@pytest.mark.parametrize("place", ["Generator", "Discriminator", "make_optimizer", "generate",
-                                   "adversarial_step", "mean_losses"])
+@pytest.mark.parametrize("place", ["Generator", "generate", "adversarial_step"])
 def test_run_without_a_complete_epoch_is_begun_again_by_the_same_command(
         cli, data, straight, monkeypatch, place):
     command = ["--epochs", 3, "--data", data, "--out", "out", *SMALL]
