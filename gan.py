@@ -253,7 +253,7 @@ def probability(logits):
     return logits.sigmoid()
 
 
-R1_GAMMA = 0.03   # "gamma" in the paper below, which uses 10 for far larger images
+R1_GAMMA = 0.03   # "gamma" in the paper below, which uses 10; 0.3 is worse here (results/README.md)
 R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2 (Karras et al. 2020)
 
 
