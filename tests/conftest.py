@@ -54,7 +54,8 @@ def complaint(result):
     """
     status, out, err = result
     *usage, line = err.splitlines()
-    assert status in (1, 2) and out == "" and "".join(usage).startswith("usage:" * bool(usage))
+    assert status in (1, 2) and out == ""
+    assert not usage or usage[0].startswith("usage:")
     return line
 
 
