@@ -77,6 +77,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
         for name, part in parts.items():
             load_state(part, run, name, out / "checkpoint.pt")
         save_run(out, run, run["epoch"], parts)  # its settings may be new (--epochs, --data)
+        (out / "losses.csv").write_text(run["log"])  # without the rows of an unfinished epoch
     # The same z after each epoch: the pictures in samples/ differ only because G has changed.
     fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
     save_grid(generate(average, fixed_z), out / f"samples/epoch_{run['epoch']:04d}.png")
@@ -216,7 +217,6 @@ def save_run(out, run, epoch, parts):
             (out / "samples/epoch_0001.png").touch(exist_ok=False)  # only one process can do this
         for name in files:
             os.replace(Path(folder, name), out / name)
-    (out / "losses.csv").write_text(run["log"])  # this removes the rows of an unfinished epoch
     run["epoch"] = epoch
 
 
