@@ -93,7 +93,8 @@ def save_animation(pictures, path, milliseconds):
 
 def save_training_animation(folder, path):
     """Save the pictures epoch_0000.png, epoch_0001.png, ... in a folder as an animated GIF."""
-    paths = sorted(Path(folder).glob("epoch_*.png"))
+    # By length first, so that epoch_10000 comes after epoch_9999.
+    paths = sorted(Path(folder).glob("epoch_*.png"), key=lambda path: (len(path.name), path.name))
     every = math.ceil(len(paths) / 100)  # a long run leaves some epochs out, but never the last one
     pictures = [Image.open(path) for path in reversed(paths[::-every])]
     save_animation(pictures, path, milliseconds=300)

@@ -9,7 +9,6 @@ import gzip
 import io
 import os
 import shlex
-import sys
 import tempfile
 import time
 import zlib
@@ -30,13 +29,11 @@ from plot_losses import plot
 from sample import save_grid, save_training_animation
 
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
-SETTINGS = {  # default, smallest and largest value
-    "epochs": (10, 1, 9999),     # the pictures of the epochs are numbered with four digits
-    "batch_size": (64, 1, 10**9),
-    "lr": (0.001, 1e-30, 1e30),  # DCGAN uses 0.0002 for its larger networks
-    "seed": (0, 0, 2**63 - 1),
-    "limit": (10**9, 1, 10**9),  # the default is more than any set of images has
-}
+# DCGAN uses a batch size of 128, and a learning rate of 0.0002 for its larger networks. No data
+# stands for the shipped ones. The limit is more than any set of images has.
+DEFAULTS = {"epochs": 10, "batch_size": 64, "lr": 0.001, "seed": 0, "limit": 10**9, "data": ""}
+SMALLEST = {"epochs": 1, "batch_size": 1, "lr": 1e-30, "seed": 0, "limit": 1}
+LARGEST = 2**63 - 1  # the largest integer, and the largest seed, that PyTorch takes
 LOG_EVERY = 20  # a row of losses.csv is the mean of so many steps, or of fewer as an epoch ends
 
 
@@ -51,11 +48,10 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
     Raises InputError for unsuitable arguments and files, OSError for files that cannot be read or
     written, and FloatingPointError if the training diverges.
     """
-    if str(out) == "":
-        raise InputError("out is empty; name a folder")
     device, out = pick_device(device), Path(os.path.expanduser(out))
-    run, images = open_run(out, resume, data, {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "limit": limit})
+    run, images = open_run(out, resume, {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "limit": limit,
+        "data": data and str(Path(os.path.expanduser(data)).resolve())})
     settings = run["settings"]
     epochs, batch_size, seed = settings["epochs"], settings["batch_size"], settings["seed"]
     images = images.to(device)                                        # uint8 (60000, 1, 28, 28)
@@ -76,8 +72,6 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
     if resume:
         for name, part in parts.items():
             load_state(part, run, name, out / "checkpoint.pt")
-        save_run(out, run, run["epoch"], parts)  # its settings may be new (--epochs, --data)
-        (out / "losses.csv").write_text(run["log"])  # without the rows of an unfinished epoch
     # The same z after each epoch: the pictures in samples/ differ only because G has changed.
     fixed_z = sample_latent(64, random=torch.Generator().manual_seed(seed))
     save_grid(generate(average, fixed_z), out / f"samples/epoch_{run['epoch']:04d}.png")
@@ -93,8 +87,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         # disable=None hides the bar if stderr is not a terminal.
-        bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", unit="step", leave=False,
-                   disable=None)
+        bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", leave=False, disable=None)
         losses, row = [], []  # of the steps of this epoch, and of those since the last row
         started = time.perf_counter()
         # Steps are counted over all epochs, because the penalty and the average depend on them.
@@ -109,8 +102,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
                 losses, row = losses + row, []
                 add_row(out, run, epoch, step, means)
                 check_finite(epoch, means, weights)
-                bar.set_postfix_str(f"d_loss {means['d_loss']:.2f}, g_loss {means['g_loss']:.2f}",
-                                    refresh=False)
+                bar.set_postfix(means, refresh=False)
 
         speed = len(order) / (time.perf_counter() - started)
         save_run(out, run, epoch, parts)
@@ -158,12 +150,12 @@ def check_finite(epoch, means, weights):
 
 def refuse_taken(out):
     """Raise InputError if the folder holds a run. A run has at least one complete epoch."""
-    for name in ("checkpoint.pt", "generator.pt", "samples/epoch_0001.png"):
-        if (out / name).exists():
-            raise InputError(f"{out} already holds a run; use --resume, or choose another --out")
+    names = ("checkpoint.pt", "generator.pt", "samples/epoch_0001.png")
+    if any((out / name).exists() for name in names):
+        raise InputError(f"{out} already holds a run; use --resume, or choose another --out")
 
 
-def open_run(out, resume, data, given):
+def open_run(out, resume, given):
     """Return a run, new or from the folder `out`, and its images. Writes nothing.
 
     A run is the dictionary that checkpoint.pt holds: the number of complete epochs, the log, the
@@ -175,17 +167,14 @@ def open_run(out, resume, data, given):
         refuse_taken(out)
         run = {"epoch": 0, "log": "", "settings": {}}
     saved = run["settings"]
-    defaults = {name: limits[0] for name, limits in SETTINGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
-    settings = {"data": ""} | defaults | saved | given
-    for name, (default, smallest, largest) in SETTINGS.items():
-        number = type(default)(settings[name])  # load_checkpoint would refuse NumPy's numbers
-        if number != settings[name] or not smallest <= number <= largest:
-            kind = "whole number" if isinstance(default, int) else "number"
-            raise InputError(f"{name} {settings[name]!r}: use a {kind}, {smallest} to {largest}")
+    settings = DEFAULTS | saved | given
+    for name, smallest in SMALLEST.items():
+        number = type(smallest)(settings[name])  # load_checkpoint would refuse NumPy's numbers
+        if number != settings[name] or not smallest <= number <= LARGEST:
+            raise InputError(f"{name} {settings[name]!r}: use a number of type "
+                             f"{type(smallest).__name__}, {smallest} to {LARGEST}")
         settings[name] = number
-    if data:
-        settings["data"] = str(Path(os.path.expanduser(data)).resolve())
     images = load_images(settings["data"] or SHIPPED_DATA)[:settings["limit"]]
     settings["limit"] = len(images)
     settings["checksum of the images"] = zlib.crc32(images.contiguous().numpy())
@@ -193,10 +182,10 @@ def open_run(out, resume, data, given):
         raise InputError(f"batch_size {settings['batch_size']}: there are {len(images)} images")
     if settings["epochs"] < run["epoch"]:
         raise InputError(f"epochs {settings['epochs']}: this run already has {run['epoch']}")
-    for name in ("batch_size", "lr", "seed", "limit", "checksum of the images"):
-        if resume and settings[name] != saved.get(name):
-            raise InputError(f"{name} {settings[name]}: the run in {out} has {saved.get(name)}, "
-                             "and cannot go on with another; begin a new one with another --out")
+    for name in saved:
+        if name not in ("epochs", "data") and settings[name] != saved[name]:
+            raise InputError(f"{name} {settings[name]}: the run in {out} has {saved[name]}, and "
+                             "cannot go on with another; begin a new one with another --out")
     return run | {"settings": settings}, images
 
 
@@ -226,10 +215,10 @@ def load_images(place):
     The file has MNIST's format, IDX, with or without gzip. In a folder, it has MNIST's name,
     train-images-idx3-ubyte, with or without the ending .gz. Raises InputError if there is none.
     """
-    place, name = Path(place), "train-images-idx3-ubyte"
+    name = "train-images-idx3-ubyte"
     # torchvision stores MNIST in MNIST/raw, and some downloads have a folder around the file.
-    folders = [place, place / "MNIST" / "raw", place / name]
-    paths = [place, *(folder / file for folder in folders for file in (f"{name}.gz", name))]
+    paths = [Path(place, folder, file)
+             for folder in ("", "MNIST/raw", name) for file in ("", f"{name}.gz", name)]
     found = [path for path in paths if path.is_file()]
     if not found:
         raise InputError(f"{place} is no file, and holds no {name}; for a folder of pictures, see "
@@ -242,9 +231,8 @@ def load_images(place):
         # images (N, height, width, channels). Each size has 4 bytes. Then come the pixels.
         end = 4 + 4 * content[3]
         sizes = [int.from_bytes(content[i:i + 4], "big") for i in range(4, end, 4)]
-        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=end).view(sizes)
-        pixels = pixels.view(*sizes[:3], -1)                          # (N, height, width, channels)
-        return pixels.permute(0, 3, 1, 2)
+        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=end)
+        return pixels.view([*sizes, 1][:4]).permute(0, 3, 1, 2)       # grey images have 1 channel
     except (EOFError, IndexError, RuntimeError, ValueError, gzip.BadGzipFile, zlib.error):
         raise InputError(f"{found[0]} is damaged, or holds no images in MNIST's format") from None
 
@@ -253,11 +241,11 @@ def main():
     parser = argparse.ArgumentParser(description="Train a GAN on MNIST.")
     # A setting that is left out is None: a run that is resumed has its own.
     add = parser.add_argument
-    add("--epochs", type=int, help=f"total number of epochs (default: {SETTINGS['epochs'][0]})")
+    add("--epochs", type=int, help=f"total number of epochs (default: {DEFAULTS['epochs']})")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add("--batch-size", type=int, help=f"images per step (default: {SETTINGS['batch_size'][0]})")
-    add("--lr", type=float, help=f"learning rate of Adam (default: {SETTINGS['lr'][0]})")
-    add("--seed", type=int, help=f"random seed (default: {SETTINGS['seed'][0]})")
+    add("--batch-size", type=int, help=f"images per step (default: {DEFAULTS['batch_size']})")
+    add("--lr", type=float, help=f"learning rate of Adam (default: {DEFAULTS['lr']})")
+    add("--seed", type=int, help=f"random seed (default: {DEFAULTS['seed']})")
     add("--limit", type=int, help="use only so many images, for a quick trial (default: all)")
     add("--data", help="folder or file with images (default: the MNIST that comes with train.py)")
     add("--out", default="out", help="folder for the files of the run (default: %(default)s)")
@@ -266,11 +254,8 @@ def main():
     try:
         train(**vars(arguments))  # each option is an argument of train()
     except KeyboardInterrupt:
-        command = ["python", "train.py", *sys.argv[1:]]
-        checkpoint = Path(os.path.expanduser(arguments.out), "checkpoint.pt")
-        if checkpoint.exists() and not arguments.resume:
-            command.append("--resume")
-        parser.exit(130, f"train.py: stopped; go on with: {shlex.join(command)}\n")
+        parser.exit(130, "train.py: stopped. To go on, give the same command with --resume; or "
+                         "without it, if no epoch was complete\n")
     except InputError as error:
         parser.exit(2, f"train.py: {error}\n")
     except (OSError, FloatingPointError) as error:

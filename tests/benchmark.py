@@ -35,7 +35,7 @@ from sample import SHIPPED_GENERATOR, load_generator, sample_digits, save_grid
 EXPERIMENTS = {
     "no change": [],
     "learning rate 0.0002": [
-        ("train.py", '"lr": (0.001,', '"lr": (0.0002,'),
+        ("train.py", '"lr": 0.001,', '"lr": 0.0002,'),
     ],
     "learning rate of D 0.002": [
         ("train.py", 'make_optimizer(discriminator, settings["lr"])',
@@ -94,7 +94,7 @@ EXPERIMENTS = {
         ("gan.py", "betas=(0.5, 0.999)", "betas=(0.9, 0.999)"),
     ],
     "batch 128": [
-        ("train.py", '"batch_size": (64,', '"batch_size": (128,'),
+        ("train.py", '"batch_size": 64,', '"batch_size": 128,'),
     ],
     "22 numbers of noise": [
         ("gan.py", "NOISE_DIM = 54", "NOISE_DIM = 22"),
@@ -130,7 +130,7 @@ def prepare_training(device, images, bfloat16=False, channels_last=True, r1="in 
     generator = gan.Generator().to(device, memory_format=layout)
     discriminator = gan.Discriminator().to(device, memory_format=layout)
     average = copy.deepcopy(generator)
-    batch_size, lr = train.SETTINGS["batch_size"][0], train.SETTINGS["lr"][0]
+    batch_size, lr = train.DEFAULTS["batch_size"], train.DEFAULTS["lr"]
     g_optimizer = gan.make_optimizer(generator, lr)
     d_optimizer = gan.make_optimizer(discriminator, lr)
 
@@ -179,7 +179,7 @@ def measure_speed(device, rounds, data):
             seconds[name].append(time.perf_counter() - started)
     first = seconds["as train.py does it"]
     for name, taken in seconds.items():
-        speed = gan.R1_INTERVAL * train.SETTINGS["batch_size"][0] / statistics.median(taken)
+        speed = gan.R1_INTERVAL * train.DEFAULTS["batch_size"] / statistics.median(taken)
         ratio = statistics.median(one / other for one, other in zip(first, taken))
         print(f"{name:30s} {speed:6.0f} images/s, {ratio:5.2f} times the speed of the first row")
     print(f"medians of {rounds} rounds")
@@ -416,7 +416,7 @@ def main():
     experiments = parts.add_parser("experiments", help="edit the program, train, sample and score")
     experiments.add_argument("names", nargs="*", metavar="name",
                              help=f"some of: {', '.join(EXPERIMENTS)} (default: all)")
-    experiments.add_argument("--epochs", type=number(1), default=train.SETTINGS["epochs"][0],
+    experiments.add_argument("--epochs", type=number(1), default=train.DEFAULTS["epochs"],
                              help="number of epochs (default: %(default)s)")
     experiments.add_argument("--seeds", type=number(0), nargs="+", default=[0],
                              help="random seeds, one run for each (default: 0)")
