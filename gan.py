@@ -297,7 +297,7 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 
     Raises InputError if the fakes and the real images differ in shape.
     """
-    # 1. Update D.
+    # 1. Update D. Goodfellow et al. (Algorithm 1) also update it first.
     z = sample_latent(len(real), device=real.device)                          # (N, LATENT_DIM)
     fake = generator(z)                                                       # (N, 1, 28, 28)
     # D accepts some other sizes too. It would recognise fakes by their size, and G learn nothing.
@@ -323,10 +323,10 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     (d_loss + penalty).backward()
     d_optimizer.step()
 
-    # 2. Update G. Goodfellow et al. (Algorithm 1) draw new fakes here. Using the same ones saves
-    # the time to make them. D was just trained on them, so it probably rates them a little lower
-    # than new ones. D has changed, so it must be applied again. `fake_logits` would not do in any
-    # case: detach() has cut them off from G.
+    # 2. Update G. Goodfellow et al. draw new fakes here. Using the same ones saves the time to make
+    # them. D was just trained on them, so it probably rates them a little lower than new ones. D
+    # has changed, so it must be applied again. `fake_logits` would not do in any case: detach() has
+    # cut them off from G.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     # The gradient passes through D to the fakes, and on to G. `inputs` says that only G's weights

@@ -8,7 +8,6 @@ import copy
 import gzip
 import io
 import os
-import shlex
 import tempfile
 import time
 import zlib
@@ -29,11 +28,11 @@ from plot_losses import plot
 from sample import save_grid, save_training_animation
 
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
-# DCGAN uses a batch size of 128, and a learning rate of 0.0002 for its larger networks. No data
-# stands for the shipped ones. The limit is more than any set of images has.
+# DCGAN uses a batch size of 128, and a learning rate of 0.0002 for its larger networks. The limit
+# is more than any set of images has. "" stands for SHIPPED_DATA, wherever the repository lies.
 DEFAULTS = {"epochs": 10, "batch_size": 64, "lr": 0.001, "seed": 0, "limit": 10**9, "data": ""}
 SMALLEST = {"epochs": 1, "batch_size": 1, "lr": 1e-30, "seed": 0, "limit": 1}
-LARGEST = 2**63 - 1  # the largest integer, and the largest seed, that PyTorch takes
+LARGEST = 2**63 - 1  # the largest integer that has 64 bits
 LOG_EVERY = 20  # a row of losses.csv is the mean of so many steps, or of fewer as an epoch ends
 
 
@@ -45,13 +44,13 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
     None stands for the setting of the run that is resumed, or else for the default. The returned
     generator has the averaged weights, and is in evaluation mode.
 
-    Raises InputError for unsuitable arguments and files, OSError for files that cannot be read or
-    written, and FloatingPointError if the training diverges.
+    Raises InputError for settings out of range and unsuitable files, OSError for files that cannot
+    be read or written, and FloatingPointError if the training diverges.
     """
     device, out = pick_device(device), Path(os.path.expanduser(out))
     run, images = open_run(out, resume, {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "limit": limit,
-        "data": data and str(Path(os.path.expanduser(data)).resolve())})
+        "data": data and os.path.abspath(os.path.expanduser(data))})
     settings = run["settings"]
     epochs, batch_size, seed = settings["epochs"], settings["batch_size"], settings["seed"]
     images = images.to(device)                                        # uint8 (60000, 1, 28, 28)
@@ -99,7 +98,8 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
 
             if len(row) == LOG_EVERY or step == epoch * steps_per_epoch:
                 means = mean_losses(row)
-                losses, row = losses + row, []
+                losses += row
+                row = []
                 add_row(out, run, epoch, step, means)
                 check_finite(epoch, means, weights)
                 bar.set_postfix(means, refresh=False)
@@ -113,6 +113,7 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
               flush=True)
 
     try:
+        (out / "losses.csv").write_text(run["log"])  # if it was deleted, or went further than this
         save_training_animation(out / "samples", out / "digits_form.gif")
         plot(out / "losses.csv", out / "losses.png")
     except Exception as error:  # whatever is wrong with the pictures, the run is complete
@@ -131,8 +132,8 @@ def mean_losses(steps):
 
 def add_row(out, run, epoch, step, means):
     """Add a row of mean losses to the log of a run, and write losses.csv."""
-    if run["epoch"] == 0:
-        refuse_taken(out)  # another process may have completed its first epoch here
+    if run["epoch"] == 0:  # no epoch is complete yet
+        refuse_taken(out)  # another process may have been faster
     header = ",".join(["epoch", "step", *means])
     row = ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())])
     run["log"] = (run["log"] or header + "\n") + row + "\n"
@@ -149,10 +150,10 @@ def check_finite(epoch, means, weights):
 
 
 def refuse_taken(out):
-    """Raise InputError if the folder holds a run. A run has at least one complete epoch."""
+    """Raise InputError if the folder holds a complete epoch of a run."""
     names = ("checkpoint.pt", "generator.pt", "samples/epoch_0001.png")
     if any((out / name).exists() for name in names):
-        raise InputError(f"{out} already holds a run; use --resume, or choose another --out")
+        raise InputError(f"{out} already holds a run; use --resume, another --out, or delete it")
 
 
 def open_run(out, resume, given):
@@ -170,7 +171,8 @@ def open_run(out, resume, given):
     given = {name: value for name, value in given.items() if value is not None}
     settings = DEFAULTS | saved | given
     for name, smallest in SMALLEST.items():
-        number = type(smallest)(settings[name])  # load_checkpoint would refuse NumPy's numbers
+        # Python's own numbers, because load_checkpoint would refuse NumPy's.
+        number = type(smallest)(settings[name])
         if number != settings[name] or not smallest <= number <= LARGEST:
             raise InputError(f"{name} {settings[name]!r}: use a number of type "
                              f"{type(smallest).__name__}, {smallest} to {LARGEST}")
@@ -195,7 +197,7 @@ def save_run(out, run, epoch, parts):
     files = {"generator.pt": {"average": states["average"]},
              "checkpoint.pt": run | {"epoch": epoch} | states}
     # The new files are written beside the old ones, so that the old ones are kept if the disk is
-    # full or the process is killed.
+    # full or the process is killed. Another process would use another temporary folder.
     with tempfile.TemporaryDirectory(dir=out) as folder:
         for name, content in files.items():
             buffer = io.BytesIO()
@@ -203,8 +205,9 @@ def save_run(out, run, epoch, parts):
             Path(folder, name).write_bytes(buffer.getbuffer())
         if run["epoch"] == 0:
             refuse_taken(out)
-            (out / "samples/epoch_0001.png").touch(exist_ok=False)  # only one process can do this
-        for name in files:
+            # Of two processes, only one can create this file. The other one gets an OSError.
+            (out / "samples/epoch_0001.png").touch(exist_ok=False)
+        for name in files:  # checkpoint.pt last, so that it is never ahead of generator.pt
             os.replace(Path(folder, name), out / name)
     run["epoch"] = epoch
 
@@ -215,10 +218,10 @@ def load_images(place):
     The file has MNIST's format, IDX, with or without gzip. In a folder, it has MNIST's name,
     train-images-idx3-ubyte, with or without the ending .gz. Raises InputError if there is none.
     """
-    name = "train-images-idx3-ubyte"
+    place, name = Path(place), "train-images-idx3-ubyte"
     # torchvision stores MNIST in MNIST/raw, and some downloads have a folder around the file.
-    paths = [Path(place, folder, file)
-             for folder in ("", "MNIST/raw", name) for file in ("", f"{name}.gz", name)]
+    paths = [place, place / f"{name}.gz", place / name, place / f"MNIST/raw/{name}.gz",
+             place / f"MNIST/raw/{name}", place / name / name]
     found = [path for path in paths if path.is_file()]
     if not found:
         raise InputError(f"{place} is no file, and holds no {name}; for a folder of pictures, see "
@@ -260,8 +263,9 @@ def main():
         parser.exit(2, f"train.py: {error}\n")
     except (OSError, FloatingPointError) as error:
         parser.exit(1, f"train.py: {error}\n")
-    print(f"{arguments.out}: the run is complete. To draw digits: python sample.py --checkpoint "
-          f"{shlex.quote(arguments.out + '/generator.pt')} --out grid.png")
+    checkpoint = Path(arguments.out, "generator.pt")
+    print(f"{arguments.out}: the run is complete. To draw digits: "
+          f'python sample.py --checkpoint "{checkpoint}" --out grid.png')
 
 
 if __name__ == "__main__":

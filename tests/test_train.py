@@ -267,8 +267,10 @@ def test_bad_options_are_named_in_one_line_and_nothing_is_written(cli, straight,
 @pytest.mark.parametrize("part", ["plot", "save_training_animation"])
 def test_plot_or_animation_that_cannot_be_drawn_costs_one_line(cli, short, monkeypatch, part):
     monkeypatch.setattr(train, part, fail(ImportError("no matplotlib")))
+    log = (short / "losses.csv").read_bytes()
+    (short / "losses.csv").unlink()
     status, out, err = cli(train, "--resume", "--out", short)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "") and (short / "losses.csv").read_bytes() == log
     assert [line for line in out.splitlines() if "no matplotlib" in line and "not drawn" in line]
 
 
