@@ -19,7 +19,7 @@ to the pixels of a fake. This gradient says, for each pixel, whether the fake wo
 to D if the pixel were lighter or darker.
 
 If the fakes are distributed exactly like the real images, the best possible D outputs 1/2 for every
-image (Theorem 1 of the paper). In practice, training does not get there.
+image (Proposition 1 of the paper). In practice, training does not get there.
 
 Read this file from top to bottom. A comment such as # (N, 1, 28, 28) gives the shape of a result:
 N images with 1 channel (grey), 28 pixels high and 28 wide.
@@ -166,7 +166,8 @@ class Discriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        c1, c2, c3, c4 = 16, 32, 96, 192  # feature maps; chosen for speed, like those of G
+        # Feature maps. Like the kernel sizes below, they are chosen for speed and not tuned.
+        c1, c2, c3, c4 = 16, 32, 96, 192
         self.layers = nn.Sequential(
             # Stride 2 halves the height and width. DCGAN uses it in place of pooling (section 3):
             # D then learns how to shrink an image. DCGAN was unstable with batch norm in all
@@ -184,9 +185,9 @@ class Discriminator(nn.Module):
             nn.BatchNorm2d(c2),
             nn.LeakyReLU(0.2),
 
-            # Stride 1 keeps the size. With this layer, a value of the next layer depends on 26x26
-            # pixels of the image (its "receptive field"), so on a whole digit. Without it, the
-            # receptive field would be 18x18 pixels.
+            # Stride 1 keeps the size. With this layer, a value of the next layer depends on up to
+            # 23x23 pixels of the image, its "receptive field", so on most of a digit. (It is 26x26
+            # pixels without the edges of the image.) Without this layer, it would be 18x18 pixels.
             nn.Conv2d(c2, c3, 3, padding=1, bias=False),                      # (N, 96, 7, 7)
             nn.BatchNorm2d(c3),
             nn.LeakyReLU(0.2),
@@ -317,7 +318,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     if step % R1_INTERVAL == 0:
         # The penalty takes about as long as the rest of the step. It is therefore computed in one
         # of R1_INTERVAL steps only, with R1_INTERVAL times the weight (Karras et al. 2020,
-        # arxiv.org/abs/1912.04958, section 3.1, "lazy regularization").
+        # arxiv.org/abs/1912.04958, section 3.1, "lazy regularization"; they make it a step of its
+        # own, and adjust Adam for it).
         penalty = R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     (d_loss + penalty).backward()
@@ -356,10 +358,11 @@ def update_average(average, generator, step):
     # In each step, it moves towards the newest weights by a fraction of the way.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
     # The fraction is 1 in step 1, then falls (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). The
-    # average always covers the last part of the run, whatever its length: the last tenth of the
-    # steps has more than 98 % of the weight. An exponential average has a constant fraction, which
-    # must be chosen to suit the length.
-    # The buffers are batch norm's running means and variances. They must fit the averaged weights.
+    # average always covers the last part of the run: from 300 steps on, the last tenth of them has
+    # about 98 % of the weight. An exponential average has a constant fraction, which must be chosen
+    # to suit the length.
+    # The buffers are batch norm's running means and variances. They belong to the weights: averaged
+    # like these, they fit approximately.
     olds = [*average.parameters(), *average.buffers()]
     news = [*generator.parameters(), *generator.buffers()]
     for old, new in zip(olds, news):

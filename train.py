@@ -28,11 +28,12 @@ from plot_losses import plot
 from sample import save_grid, save_training_animation
 
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
-# DCGAN uses a batch size of 128, and a learning rate of 0.0002 for its larger networks. The limit
-# is more than any set of images has. "" stands for SHIPPED_DATA, wherever the repository lies.
+# DCGAN uses batches of 128. It found a learning rate of 0.001 too high, and used 0.0002. Here, more
+# digits are odd with 0.0002 after 10 epochs (results/README.md). The limit is more images than fit
+# into memory. "" stands for SHIPPED_DATA, wherever the repository lies.
 DEFAULTS = {"epochs": 10, "batch_size": 64, "lr": 0.001, "seed": 0, "limit": 10**9, "data": ""}
 SMALLEST = {"epochs": 1, "batch_size": 1, "lr": 1e-30, "seed": 0, "limit": 1}
-LARGEST = 2**63 - 1  # the largest integer that has 64 bits
+LARGEST = 2**63 - 1  # PyTorch's integers go no further
 LOG_EVERY = 20  # a row of losses.csv is the mean of so many steps, or of fewer as an epoch ends
 
 
@@ -57,8 +58,8 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
     steps_per_epoch = len(images) // batch_size  # images that do not fill a batch are left out
 
     torch.manual_seed(seed)  # for the first weights; each epoch has a seed of its own
-    # On a CPU, the channels of a pixel are stored next to one another. Convolutions are faster on
-    # some CPUs this way, and not slower on others (results/README.md, "Speed").
+    # On a CPU, the channels of a pixel are stored next to one another. This was faster once, and
+    # makes no difference on the two machines of results/README.md ("Speed").
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     generator = Generator().to(device, memory_format=layout)
     discriminator = Discriminator().to(device, memory_format=layout)
@@ -81,8 +82,8 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
           f"{sum(map(torch.numel, discriminator.parameters())):,} in D", flush=True)
     for epoch in range(run["epoch"] + 1, epochs + 1):
         # This seed alone determines the order of the images and the latent vectors of an epoch. A
-        # resumed run therefore continues with the same random numbers as an uninterrupted one. The
-        # factor keeps runs with neighbouring seeds from sharing the seed of an epoch.
+        # resumed run therefore continues with the same random numbers as an uninterrupted one. With
+        # this factor, runs whose seeds differ by less than a million share none of these seeds.
         torch.manual_seed(seed + 1_000_000 * epoch)
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         # disable=None hides the bar if stderr is not a terminal.
