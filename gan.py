@@ -75,7 +75,8 @@ def sample_latent(count, device="cpu", random=None, category=None):
     # Most GANs use noise only. But a network is continuous: if z changes gradually, the image does
     # too. Slant and stroke width vary gradually. The kind of digit does not: on the way from a 3 to
     # a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,
-    # arxiv.org/abs/1806.00880). With categories, the set of all z has separate parts.
+    # arxiv.org/abs/1806.00880). With categories, the set of all z has separate parts. Fewer digits
+    # are odd then, and they vary less (results/README.md).
     one_hot = torch.zeros(count, 0, device=device)
     if N_CATEGORIES > 0:
         number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
@@ -245,6 +246,7 @@ def generator_loss(fake_logits):
     # 0 where D is sure that an image is fake: that loss "saturates", and the worst fakes count
     # least. The derivative of -log D(G(z)) is -(1 - D(G(z))), so that the worst fakes count most.
     # Goodfellow et al. therefore use it for G (end of section 3). It is called "non-saturating".
+    # Here, D is seldom so sure: after 10 epochs, both losses did equally well (results/README.md).
     return F.binary_cross_entropy_with_logits(fake_logits, real_labels)
 
 
@@ -254,7 +256,7 @@ def probability(logits):
     return logits.sigmoid()
 
 
-R1_GAMMA = 0.03   # "gamma" in the paper below, which uses 10; 0.3 is worse here (results/README.md)
+R1_GAMMA = 0.03   # "gamma" in the paper, which uses 10; 0, 0.3 and 10 did worse (results/README.md)
 R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2 (Karras et al. 2020)
 
 
