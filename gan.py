@@ -52,7 +52,7 @@ def to_pixels(images):
 
 N_CATEGORIES = 10     # as many as there are digits; with 0, z is noise only, as in most GANs
 NOISE_DIM = 54        # so that z has 64 numbers; not tuned; DCGAN uses 100 numbers of noise
-CATEGORY_SCALE = 4.0  # weighs the category against the noise, see sample_latent
+CATEGORY_SCALE = 4.0  # 1 does little, 100 too much (results/README.md, and sample_latent below)
 LATENT_DIM = N_CATEGORIES + NOISE_DIM  # follows from the others; do not set it by itself
 
 
