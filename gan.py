@@ -51,7 +51,7 @@ def to_pixels(images):
 
 
 N_CATEGORIES = 10     # as many as there are digits; with 0, z is noise only, as in most GANs
-NOISE_DIM = 54        # so that z has 64 numbers; not tuned; DCGAN uses 100 numbers of noise
+NOISE_DIM = 54        # not tuned; with 22, digits vary a little less; DCGAN uses 100
 CATEGORY_SCALE = 4.0  # 1 does little, 100 too much (results/README.md, and sample_latent below)
 LATENT_DIM = N_CATEGORIES + NOISE_DIM  # follows from the others; do not set it by itself
 
