@@ -88,7 +88,7 @@ def sample_latent(count, device="cpu", random=None, category=None):
         # arxiv.org/abs/1606.03657), and calls the category a categorical latent code.
         one_hot = F.one_hot(number, N_CATEGORIES)                             # (N, 10)
     # The noise varies the digit within its category. Its distribution must be easy to draw from.
-    # Normal and uniform noise are both common; G learns to reshape either.
+    # Normal and uniform noise are common, and did equally well here; G learns to reshape either.
     noise = torch.randn(count, NOISE_DIM, device=device, generator=random)    # (N, 54)
     # The length of the noise is about 7, the root of 54. The category must count beside it, and not
     # drown it: with a scale of 100, G ignores the noise (README, "Mode collapse").
