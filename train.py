@@ -89,19 +89,18 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
         order = torch.randperm(len(images), device=device)[:steps_per_epoch * batch_size]
         # disable=None hides the bar if stderr is not a terminal.
         bar = tqdm(order.split(batch_size), f"epoch {epoch}/{epochs}", leave=False, disable=None)
-        losses, row = [], []  # of the steps of this epoch, and of those since the last row
+        losses, logged = [], 0  # of the steps of this epoch, and how many of them are in the log
         started = time.perf_counter()
         # Steps are counted over all epochs, because the penalty and the average depend on them.
         for step, indices in enumerate(bar, start=(epoch - 1) * steps_per_epoch + 1):
             real = from_pixels(images[indices])                       # (batch_size, 1, 28, 28)
-            row.append(adversarial_step(
+            losses.append(adversarial_step(
                 generator, discriminator, g_optimizer, d_optimizer, real, step))
             update_average(average, generator, step)
 
-            if len(row) == LOG_EVERY or step == epoch * steps_per_epoch:
-                means = mean_losses(row)
-                losses += row
-                row = []
+            if len(losses) == logged + LOG_EVERY or len(losses) == steps_per_epoch:
+                means = mean_losses(losses[logged:])
+                logged = len(losses)
                 add_row(out, run, epoch, step, means)
                 check_finite(epoch, means, weights)
                 bar.set_postfix(means, refresh=False)
@@ -134,8 +133,6 @@ def mean_losses(steps):
 
 def add_row(out, run, epoch, step, means):
     """Add a row of mean losses to the log of a run, and write losses.csv."""
-    if run["epoch"] == 0:  # no epoch is complete yet
-        refuse_taken(out)  # another process may have been faster
     header = ",".join(["epoch", "step", *means])
     row = ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())])
     run["log"] = (run["log"] or header + "\n") + row + "\n"
@@ -265,9 +262,8 @@ def main():
         parser.exit(2, f"train.py: {error}\n")
     except (OSError, FloatingPointError) as error:
         parser.exit(1, f"train.py: {error}\n")
-    checkpoint = Path(arguments.out, "generator.pt")
     print(f"{arguments.out}: the run is complete. To draw digits: "
-          f'python sample.py --checkpoint "{checkpoint}" --out grid.png')
+          f'python sample.py --checkpoint "{arguments.out}/generator.pt" --out grid.png')
 
 
 if __name__ == "__main__":
