@@ -47,14 +47,15 @@ def contents(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def complaint(result):
-    """Return the line in which a script says what is wrong. Fail if it prints anything else.
+def complaint(cli, script, *arguments):
+    """Call a script with bad arguments. Return the line in which it says what is wrong.
 
-    argparse may print its usage first.
+    Fail if it prints anything else, or writes anything. argparse may print its usage first.
     """
-    status, out, err = result
+    before = contents("..")
+    status, out, err = cli(script, *arguments)
     *usage, line = err.splitlines()
-    assert status in (1, 2) and out == ""
+    assert status in (1, 2) and out == "" and contents("..") == before
     assert not usage or usage[0].startswith("usage:")
     return line
 

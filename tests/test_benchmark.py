@@ -62,7 +62,7 @@ def test_every_experiment_still_applies_to_the_program(tmp_path):
     ("mix --out mixed", "extension")])
 def test_bad_options_are_one_line_before_any_work(cli, monkeypatch, options, word):
     monkeypatch.setattr(benchmark.train, "SHIPPED_DATA", ROOT / "data")
-    assert word in complaint(cli(benchmark, *options.split()))
+    assert word in complaint(cli, benchmark, *options.split())
 
 
 def test_experiment_that_fails_is_one_line_that_names_its_output(tmp_path):
@@ -77,7 +77,7 @@ def test_experiment_that_fails_is_one_line_that_names_its_output(tmp_path):
 def test_images_of_another_size_are_refused_before_any_work(cli, checkpoint, monkeypatch):
     monkeypatch.setattr(benchmark, "sample_digits",
                         lambda generator, count: torch.zeros(count, 3, 32, 32))
-    assert "(3, 32, 32)" in complaint(cli(benchmark, "quality", checkpoint))
+    assert "(3, 32, 32)" in complaint(cli, benchmark, "quality", checkpoint)
 
 
 def test_mixture_holds_generated_and_real_digits_where_it_says(cli, checkpoint):

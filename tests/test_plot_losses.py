@@ -1,10 +1,12 @@
 """The plot of a loss log, which may still be growing, and the refusal of other files."""
+from pathlib import Path
+
 import numpy
 import pytest
 from PIL import Image
 
 import plot_losses
-from conftest import complaint, contents
+from conftest import complaint
 
 HEADER = "epoch,step,d_loss,g_loss,d_real,d_fake\n"
 ROWS = [f"{1 + step // 101},{step},{1.3 + step % 3 / 9:.5f},{0.7 + step % 7 / 9:.5f},0.51,0.48\n"
@@ -78,19 +80,15 @@ def test_losses_that_diverge_or_are_negative_are_plotted(log, row, bottom):
 ], ids=range(6))
 def test_file_that_is_no_loss_log_is_one_line(cli, log, content, word):
     log.write_bytes(content)
-    before = contents(log.parent)
-    line = complaint(cli(plot_losses, "--csv", log, "--out", log.with_name("plot.png")))
+    line = complaint(cli, plot_losses, "--csv", log)
     assert str(log) in line and word in line and len(line) < 400
-    assert contents(log.parent) == before
 
 
 @pytest.mark.parametrize("options", [
     "--csv .", "--csv none.csv", "--out plot", "--out plot.npy", "--out file/plot.png",
     "--out folder.png"])
-def test_file_that_cannot_be_read_or_written_is_one_line(cli, log, monkeypatch, options):
-    monkeypatch.chdir(log.parent)
-    log.with_name("folder.png").mkdir()
-    log.with_name("file").touch()
-    before = contents(log.parent)
-    line = complaint(cli(plot_losses, "--csv", log, *options.split()))
-    assert options.split()[1].partition("/")[0] in line and contents(log.parent) == before
+def test_file_that_cannot_be_read_or_written_is_one_line(cli, log, options):
+    Path("folder.png").mkdir()
+    Path("file").touch()
+    line = complaint(cli, plot_losses, "--csv", log, *options.split())
+    assert options.split()[1].partition("/")[0] in line

@@ -190,10 +190,8 @@ def test_folder_that_holds_a_run_is_not_overwritten(cli, short, kept):
     short.rename("whole")
     short.mkdir()
     Path("whole", kept).rename(short / kept)
-    before = contents(short)
-    line = complaint(cli(train, "--out", short, *SMALL))
+    line = complaint(cli, train, "--out", short, *SMALL)
     assert str(short) in line and "--resume" in line and "--out" in line
-    assert before and contents(short) == before
 
 
 def test_process_that_comes_too_late_leaves_a_complete_run_alone(cli, data, straight, at_step):
@@ -230,12 +228,10 @@ def test_bad_options_are_named_in_one_line_and_nothing_is_written(cli, straight,
         out = shutil.copytree(straight[0], "run")
     Path("file").write_text("a file")
     Path("other").write_bytes(idx(blobs(103)[1:]))  # as many images, but not the same
-    before = contents(".")
-    line = complaint(cli(train, "--epochs", 3, "--out", out, "--device", "cpu", *options.split()))
+    line = complaint(cli, train, "--epochs", 3, "--out", out, "--device", "cpu", *options.split())
     name, value = options.replace("-size", "_size").rpartition("--")[2].split()
     assert name in line or name in ("data", "out")
     assert value in line or "checksum of the images" in line
-    assert contents(".") == before
 
 
 @pytest.mark.parametrize("part", ["plot", "save_training_animation"])
@@ -301,9 +297,7 @@ def test_checkpoint_is_never_ahead_of_the_generator(cli, short, monkeypatch):
 @pytest.mark.parametrize("how", DAMAGES)
 def test_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(cli, short, how):
     DAMAGES[how](short / "checkpoint.pt", torch.load(short / "checkpoint.pt"))
-    before = contents(".")
-    assert "checkpoint.pt" in complaint(cli(train, "--resume", "--out", short))
-    assert contents(".") == before  # no code has run either
+    assert "checkpoint.pt" in complaint(cli, train, "--resume", "--out", short)
 
 
 def test_shipped_data_set_is_mnist_and_needs_no_network(monkeypatch, capfd):
@@ -353,8 +347,7 @@ def test_images_of_any_size_and_colour_load_by_their_header(cli, shape):
     gzip.compress(b"No images.")], ids=range(9))
 def test_file_that_does_not_hold_images_is_named(cli, content):
     Path("images").write_bytes(content)
-    assert "images is damaged" in complaint(cli(train, "--data", "images", "--out", "out"))
-    assert list(contents(".")) == [Path("images")]
+    assert "images is damaged" in complaint(cli, train, "--data", "images", "--out", "out")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
