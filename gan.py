@@ -60,10 +60,9 @@ def sample_latent(count, device="cpu", random=None, category=None):
     """Draw `count` latent vectors z, the input of the generator, as floats (count, LATENT_DIM).
 
     A latent vector consists of a category, drawn at random, and noise. `category` chooses it, from
-    0 to N_CATEGORIES - 1: a number for all vectors, or a tensor (count,). The noise is the same as
-    without it. `random` is a torch.Generator on `device`, which is PyTorch's name for a source of
-    random numbers. It has nothing to do with the class Generator below. None selects PyTorch's
-    default source.
+    0 to N_CATEGORIES - 1: a number for all vectors, or a tensor (count,). The noise stays the same.
+    `random` is a source of random numbers on `device`. PyTorch calls it torch.Generator; it has
+    nothing to do with the class Generator below. None selects PyTorch's default source.
 
     Raises InputError for a category that does not exist.
     """
@@ -76,7 +75,7 @@ def sample_latent(count, device="cpu", random=None, category=None):
     # too. Slant and stroke width vary gradually. The kind of digit does not: on the way from a 3 to
     # a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,
     # arxiv.org/abs/1806.00880). With categories, the set of all z has separate parts. Fewer digits
-    # are odd then, and they vary less (results/README.md).
+    # are malformed then, and they vary less (results/README.md).
     one_hot = torch.zeros(count, 0, device=device)
     if N_CATEGORIES > 0:
         number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
@@ -115,8 +114,8 @@ class Generator(nn.Module):
         c1, c2, c3 = 128, 64, 32
         self.layers = nn.Sequential(
             # Each entry of z adds its own pattern to the feature maps. There is no bias: in every
-            # z, one entry of the category is 4, and its pattern acts as a bias. (It works for noise
-            # alone, too.)
+            # z, one entry of the category is 4, and its pattern acts as a bias. (Noise alone works
+            # without a bias, too.)
             nn.Linear(LATENT_DIM, c1 * 4 * 4, bias=False),                    # (N, 2048)
             nn.Unflatten(1, (c1, 4, 4)),                                      # (N, 128, 4, 4)
             # Batch norm takes all values of one feature map in a batch, scales them to mean 0 and
@@ -148,8 +147,8 @@ class Generator(nn.Module):
             # Hardtanh cuts values off at -1 and 1, the range of real images. DCGAN uses tanh, which
             # reaches the ends only for large inputs: part of the background then stays slightly
             # grey, where MNIST's is exactly black (results/README.md, "Grey levels"). The gradient
-            # of a pixel that was cut off is 0. It can still change: other pixels and other images
-            # move the weights that they share.
+            # of a pixel that was cut off is 0. The pixel can still change, because other pixels and
+            # other images move the weights that it shares with them.
             nn.Hardtanh(),
         )
         self.apply(init_weights)
@@ -225,7 +224,7 @@ def init_weights(module):
 def discriminator_loss(real_logits, fake_logits):
     """Compute -V(D, G), a scalar: the mean of -log D(x) plus the mean of -log(1 - D(G(z))).
 
-    Takes logits (N,). If D outputs 0.5 for every image, the loss is 2 log 2 = 1.386.
+    Takes logits (N,). If D(x) and D(G(z)) are always 0.5, the loss is 2 log 2 = 1.386.
     """
     real_labels = torch.ones_like(real_logits)
     fake_labels = torch.zeros_like(fake_logits)
@@ -238,7 +237,7 @@ def discriminator_loss(real_logits, fake_logits):
 def generator_loss(fake_logits):
     """Compute the mean of -log D(G(z)), a scalar. Takes logits (N,).
 
-    If D outputs 0.5 for every fake, the loss is log 2 = 0.693.
+    If D(G(z)) is 0.5 for every fake, the loss is log 2 = 0.693.
     """
     # G wants D to rate its fakes as real, so its labels are those of real images.
     real_labels = torch.ones_like(fake_logits)
@@ -251,7 +250,7 @@ def generator_loss(fake_logits):
 
 
 def probability(logits):
-    """Turn the output of D into D(x), from 0 to 1. It is used for losses.csv only."""
+    """Turn the output of D into D(x), from 0 to 1. It is used for the log only."""
     # It belongs to the losses above: with another loss, or a sigmoid at the end of D, edit it too.
     return logits.sigmoid()
 
@@ -276,7 +275,7 @@ def r1_penalty(discriminator, real):
     # The gradient of the sum is each image's own gradient only if no image influences the logit of
     # another one. Batch norm breaks this, so the penalty is an approximation here. Gulrajani et al.
     # leave batch norm out of D for that reason (2017, arxiv.org/abs/1704.00028, section 4). Here it
-    # stays, because G then learns faster in the first epochs (results/README.md).
+    # stays, because G then learns faster in the first epoch (results/README.md).
     squared_length = gradient.square().sum(dim=(1, 2, 3))                     # (N,)
     return R1_GAMMA / 2 * squared_length.mean()
 
@@ -357,12 +356,12 @@ def update_average(average, generator, step):
     """
     # G and D react to each other, so G's weights keep moving around a good solution instead of
     # settling there. Their average is closer to it (Yazıcı et al. 2018, arxiv.org/abs/1806.04498).
-    # In each step, it moves towards the newest weights by a fraction of the way.
+    # Each step moves the average towards the newest weights by a fraction of the way.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
     # The fraction is 1 in step 1, then falls (Shamir and Zhang 2013, arxiv.org/abs/1212.1824). The
     # average always covers the last part of the run: from 300 steps on, the last tenth of them has
     # about 98 % of the weight. An exponential average has a constant fraction, which must be chosen
-    # to suit the length.
+    # to suit the length of the run.
     # The buffers are batch norm's running means and variances. They belong to the weights: averaged
     # like these, they fit approximately.
     olds = [*average.parameters(), *average.buffers()]

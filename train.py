@@ -29,9 +29,8 @@ from sample import save_grid, save_training_animation
 
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 # DCGAN uses batches of 128, which make no difference here. It found a learning rate of 0.001 too
-# high, and used 0.0002. Here, more digits are odd with 0.0002 after 10 epochs (results/README.md).
-# The limit is more images than fit into memory. "" stands for SHIPPED_DATA, wherever the repository
-# lies.
+# high, and used 0.0002. Here, 0.0002 gives more malformed digits (results/README.md). The limit is
+# more images than any data set has. "" stands for SHIPPED_DATA, wherever the repository lies.
 DEFAULTS = {"epochs": 10, "batch_size": 64, "lr": 0.001, "seed": 0, "limit": 10**9, "data": ""}
 SMALLEST = {"epochs": 1, "batch_size": 1, "lr": 1e-30, "seed": 0, "limit": 1}
 LARGEST = 2**63 - 1  # PyTorch's integers go no further
@@ -114,7 +113,8 @@ def train(epochs=None, device="auto", batch_size=None, lr=None, seed=None, limit
               flush=True)
 
     try:
-        (out / "losses.csv").write_text(run["log"])  # if it was deleted, or went further than this
+        # It may be missing, or end with an epoch that was not saved.
+        (out / "losses.csv").write_text(run["log"])
         save_training_animation(out / "samples", out / "digits_form.gif")
         plot(out / "losses.csv", out / "losses.png")
     except Exception as error:  # whatever is wrong with the pictures, the run is complete
@@ -150,6 +150,7 @@ def check_finite(epoch, means, weights):
 
 def refuse_taken(out):
     """Raise InputError if the folder holds a complete epoch of a run."""
+    # The picture is there before the other two: see save_run.
     names = ("checkpoint.pt", "generator.pt", "samples/epoch_0001.png")
     if any((out / name).exists() for name in names):
         raise InputError(f"{out} already holds a run; use --resume, another --out, or delete it")
