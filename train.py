@@ -133,6 +133,8 @@ def mean_losses(steps):
 
 def add_row(out, run, epoch, step, means):
     """Add a row of mean losses to the log of a run, and write losses.csv."""
+    if run["epoch"] == 0:  # no epoch is complete yet
+        refuse_taken(out)  # another process may have been faster
     header = ",".join(["epoch", "step", *means])
     row = ",".join([f"{epoch},{step}", *(f"{mean:.5f}" for mean in means.values())])
     run["log"] = (run["log"] or header + "\n") + row + "\n"
@@ -263,8 +265,9 @@ def main():
         parser.exit(2, f"train.py: {error}\n")
     except (OSError, FloatingPointError) as error:
         parser.exit(1, f"train.py: {error}\n")
+    checkpoint = Path(arguments.out, "generator.pt")
     print(f"{arguments.out}: the run is complete. To draw digits: "
-          f'python sample.py --checkpoint "{arguments.out}/generator.pt" --out grid.png')
+          f'python sample.py --checkpoint "{checkpoint}" --out grid.png')
 
 
 if __name__ == "__main__":
