@@ -115,13 +115,13 @@ def test_epoch_shows_each_image_once_in_the_range_of_fakes_and_logs_mean_losses(
     train.train(epochs=2, **settings, out="two")
     train.train(epochs=1, **settings, out="other", seed=1)
     steps, batches, losses = zip(*calls)
-    assert steps == (*range(1, 51), *range(1, 26))
+    assert steps == (*range(1, 2 * STEPS + 1), *range(1, STEPS + 1))
     images = from_pixels(train.load_images(data))
     orders = []
-    for start in (0, 25, 50):
-        shown = torch.cat(batches[start:start + 25])
+    for start in (0, STEPS, 2 * STEPS):
+        shown = torch.cat(batches[start:start + STEPS])
         orders.append([(image == images).all((1, 2, 3)).nonzero().item() for image in shown])
-        assert len(set(orders[-1])) == 100
+        assert len(set(orders[-1])) == 4 * STEPS
     assert orders[0] != orders[1] != orders[2] != orders[0]  # neither in epochs nor with seeds
     log = read_log("two/losses.csv")
     for row, (start, end) in enumerate([(0, 20), (20, 25), (25, 45), (45, 50)]):
