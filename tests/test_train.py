@@ -194,19 +194,23 @@ def test_folder_that_holds_a_run_is_not_overwritten(cli, short, kept):
     assert str(short) in line and "--resume" in line and "--out" in line
 
 
-@pytest.mark.parametrize("rows", [1, 2])  # the second row is the last one before the first saving
+@pytest.mark.parametrize("rows, seen, expected, word", [
+    (1, True, 2, "already holds a run"), (2, True, 2, "already holds a run"),
+    (2, False, 1, "exists")])
 def test_process_that_comes_too_late_leaves_a_complete_run_alone(
-        cli, data, straight, monkeypatch, rows):
+        cli, data, straight, monkeypatch, rows, seen, expected, word):
     def overtake(*_):
         calls.append(1)
-        if len(calls) == rows:
+        if len(calls) == rows:  # the second row is the last one before the first saving
             shutil.rmtree("out")
             shutil.copytree(straight[0], "out")
+            if not seen:  # the other process saves just after this one has looked
+                monkeypatch.setattr(train, "refuse_taken", lambda out: None)
 
     calls = []
     monkeypatch.setattr(train, "check_finite", overtake)
     status, _, err = cli(train, "--data", data, "--out", "out", *SMALL)
-    assert status == 2 and "already holds a run" in err and err.count("\n") == 1
+    assert status == expected and word in err and err.count("\n") == 1
     assert_same_run(Path("out"), straight[0])
 
 
