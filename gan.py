@@ -256,7 +256,7 @@ def probability(logits):
 
 
 R1_GAMMA = 0.03   # "gamma" in the paper, which uses 10; 0, 0.3 and 10 did worse (results/README.md)
-R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2 (Karras et al. 2020)
+R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2; 1 was no better (two runs)
 
 
 def r1_penalty(discriminator, real):
@@ -318,9 +318,9 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     penalty = 0.0
     if step % R1_INTERVAL == 0:
         # The penalty takes about as long as the rest of the step. It is therefore computed in one
-        # of R1_INTERVAL steps only, with R1_INTERVAL times the weight (Karras et al. 2020,
-        # arxiv.org/abs/1912.04958, section 3.1, "lazy regularization"; they make it a step of its
-        # own, and adjust Adam for it).
+        # of R1_INTERVAL steps only, with R1_INTERVAL times the weight (StyleGAN2: Karras et al.
+        # 2020, arxiv.org/abs/1912.04958, section 3.1, "lazy regularization"; they make it a step of
+        # its own, and adjust Adam for it).
         penalty = R1_INTERVAL * r1_penalty(discriminator, real)
     d_optimizer.zero_grad()
     (d_loss + penalty).backward()

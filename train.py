@@ -28,7 +28,7 @@ from plot_losses import plot
 from sample import save_grid, save_training_animation
 
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
-# DCGAN uses batches of 128, which made no difference here in one run. It found a learning rate of
+# DCGAN uses batches of 128, which made no difference here in two runs. It found a learning rate of
 # 0.001 too high, and used 0.0002. Here, 0.0002 gives more malformed digits (results/README.md). The
 # limit is more images than any data set has. "" stands for SHIPPED_DATA, wherever the repository
 # lies.
