@@ -51,7 +51,7 @@ def to_pixels(images):
 
 
 N_CATEGORIES = 10     # as many as there are digits; with 0, z is noise only, as in most GANs
-NOISE_DIM = 54        # not tuned; with 22, digits vary a little less; with 100, as in DCGAN, as much
+NOISE_DIM = 54        # not tuned; with 22, digits vary a little less; with DCGAN's 100, as much
 CATEGORY_SCALE = 4.0  # 1 does little, 100 too much (results/README.md, and sample_latent below)
 LATENT_DIM = N_CATEGORIES + NOISE_DIM  # follows from the others; do not set it by itself
 
