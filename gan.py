@@ -275,7 +275,7 @@ def r1_penalty(discriminator, real):
     # The gradient of the sum is each image's own gradient only if no image influences the logit of
     # another one. Batch norm breaks this, so the penalty is an approximation here. Gulrajani et al.
     # leave batch norm out of D for that reason (2017, arxiv.org/abs/1704.00028, section 4). Here it
-    # stays, because the digits are better with it (results/README.md).
+    # stays, because the scores are better with it (results/README.md).
     squared_length = gradient.square().sum(dim=(1, 2, 3))                     # (N,)
     return R1_GAMMA / 2 * squared_length.mean()
 
