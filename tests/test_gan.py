@@ -207,9 +207,9 @@ def test_r1_penalty_of_a_linear_discriminator_is_its_squared_slope():
 
 def test_average_is_the_weighted_mean_of_all_generators_so_far(networks):
     generator, average = networks[0], Generator()
-    values = torch.randn(20).tolist()
-    for step, value in enumerate(values, start=1):
-        for weight in generator.state_dict().values():
+    history = torch.randn(20, len(generator.state_dict()))  # a value for each step and each entry
+    for step, values in enumerate(history, start=1):
+        for weight, value in zip(generator.state_dict().values(), values):
             weight.fill_(value)
         update_average(average, generator, step)
     shares = []
@@ -217,10 +217,9 @@ def test_average_is_the_weighted_mean_of_all_generators_so_far(networks):
         later = math.prod(1 - K / (other + K - 1) for other in range(step + 1, 21))
         shares.append(K / (step + K - 1) * later)
     assert sum(shares) == pytest.approx(1)
-    expected = sum(share * value for share, value in zip(shares, values))
-    for mean in average.state_dict().values():
+    for mean, expected in zip(average.state_dict().values(), torch.tensor(shares) @ history):
         if mean.is_floating_point():
-            torch.testing.assert_close(mean, torch.full_like(mean, expected))
+            torch.testing.assert_close(mean, expected.expand_as(mean))
 
 
 def test_generator_comes_close_to_the_four_images_it_is_trained_on(networks):
