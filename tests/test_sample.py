@@ -1,8 +1,6 @@
-"""Sampling: the same seed gives the same digits, whatever else is generated with them."""
-import re
-import subprocess
-import sys
-from pathlib import Path
+"""Drawing digits with a trained generator, and the files that they are written to."""
+import math
+import shutil
 
 import numpy
 import pytest
@@ -10,174 +8,126 @@ import torch
 from PIL import Image
 
 import sample
-import train
-from conftest import DAMAGES, ROOT, blobs, complaint, contents, idx, readme_code
-from gan import Generator
+from conftest import DAMAGES, blobs
+from gan import N_CATEGORIES, Generator, InputError, generate
+from sample import draw_grid, draw_latents, interpolate, load_generator, sample_digits
 
 
-def pixels(path):
+@pytest.fixture(scope="session")
+def generator(run):
+    return load_generator(run / "checkpoint.pt")
+
+
+@pytest.fixture
+def out(run):
+    """Copy the small run to out/, where sample.py looks for a checkpoint."""
+    shutil.copytree(run, "out")
+
+
+def read(path):
     with Image.open(path) as picture:
         return numpy.array(picture)
 
 
-def test_importing_runs_nothing(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-c", "import gan, plot_losses, sample, train"], capture_output=True,
-        env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
-    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
-    assert not contents(tmp_path)
+def test_loaded_generator_is_the_average_of_the_run_in_evaluation_mode(generator, run):
+    average = torch.load(run / "checkpoint.pt")["average"]
+    assert all(torch.equal(value, average[name]) for name, value in generator.state_dict().items())
+    assert not generator.training
 
 
-def test_same_seed_gives_the_same_digits_and_another_seed_others(generator):
-    first, again, other = (sample.sample_digits(generator, 5, seed) for seed in (3, 3, 4))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert not torch.equal(first[0], first[1])
+def test_same_seed_draws_the_same_digits_and_another_seed_or_category_others(generator):
+    digits = sample_digits(generator, 30, seed=1)
+    assert digits.shape == (30, 1, 28, 28) and digits.dtype == torch.uint8
+    assert torch.equal(digits, sample_digits(generator, 30, seed=1))
+    others = [sample_digits(generator, 30, seed=2), sample_digits(generator, 30, 1, category=3)]
+    assert not any(torch.equal(digits, other) for other in others)
+    assert torch.equal(digits, generate(generator, draw_latents(30, seed=1)))
+    assert len(sample_digits(generator, 2001)) == 2001
 
 
-@pytest.mark.parametrize("count", [1, 7, 100, 101])
-def test_digit_does_not_depend_on_how_many_are_generated(generator, count):
-    many = sample.sample_digits(generator, 250)
-    assert torch.equal(sample.sample_digits(generator, count), many[:count])
+def test_category_chooses_the_first_part_of_z():
+    for category in (0, N_CATEGORIES - 1):
+        z = draw_latents(20, seed=0, category=category)
+        assert (z[:, :N_CATEGORIES].argmax(1) == category).all()
+        assert torch.equal(z[:, N_CATEGORIES:], draw_latents(20, seed=0)[:, N_CATEGORIES:])
 
 
-@pytest.mark.parametrize("name", ["new/digits.npy", "DIGITS.NPY"])
-def test_numpy_file_holds_the_digits_and_can_be_drawn(cli, checkpoint, generator, name):
-    status, out, err = cli(sample, "--out", name, "--count", 12, "--seed", 2, "--category", 3,
-                           "--checkpoint", checkpoint)
-    assert (status, err) == (0, "") and str(checkpoint) in out
-    digits = sample.sample_digits(generator, 12, numpy.int64(2), category=numpy.int64(3))
-    assert numpy.load(name).dtype == numpy.uint8
-    assert numpy.array_equal(numpy.load(name), digits.squeeze(1))
-    for images in (torch.from_numpy(numpy.load(name)), digits):
-        sample.save_grid(images, "grid.png")
-        assert pixels("grid.png").shape == (92, 122)  # three rows of four digits
+def test_interpolation_is_a_closed_smooth_curve_of_noise_of_normal_length(monkeypatch, generator):
+    latents = []
+    monkeypatch.setattr(
+        sample, "generate", lambda _, z: latents.append(z) or generate(generator, z))
+    frames = interpolate(generator, 200, seed=4)
+    z = torch.stack(latents)
+    assert frames.shape == (60, 200, 1, 28, 28)
+    assert torch.equal(frames[0], sample_digits(generator, 200, seed=4))
+    category, noise = z[:, :, :N_CATEGORIES], z[:, :, N_CATEGORIES:]
+    assert (category == category[0]).all()
+    assert ((noise.std((1, 2)) - 1).abs() < 0.03).all()
+    distances = (noise - noise.roll(1, 0)).norm(dim=2).mean(1)  # also from the last to the first
+    assert (distances / distances.mean() - 1).abs().max() < 0.01 < distances.min()
 
 
-@pytest.mark.parametrize("count, columns, rows", [
-    (1, 1, 1), (2, 2, 1), (7, 3, 3), (100, 10, 10), (101, 11, 10)])
-def test_picture_is_a_grid_as_square_as_possible(cli, checkpoint, generator, count, columns, rows):
-    assert cli(sample, "--count", count, "--checkpoint", checkpoint)[0] == 0
-    picture = pixels("grid.png")
-    border = 2
-    if count == 1:  # make_grid leaves a single image as it is
-        border = 0
-    assert picture.shape == ((28 + border) * rows + border, (28 + border) * columns + border)
-    top = border + (28 + border) * ((count - 1) // columns)
-    left = border + (28 + border) * ((count - 1) % columns)
-    last = sample.sample_digits(generator, count)[-1, 0]
-    assert numpy.array_equal(picture[top:top + 28, left:left + 28], last)
+def test_grid_shows_the_images_row_by_row(out, cli):
+    images = blobs(5)
+    grid = numpy.array(draw_grid(images))
+    assert grid.shape == (2 * 30 + 2, 3 * 30 + 2)
+    for number, image in enumerate(images):
+        top, left = 2 + 30 * (number // 3), 2 + 30 * (number % 3)
+        assert numpy.array_equal(grid[top:top + 28, left:left + 28], image[0])
+    colour = torch.cat([images, 255 - images, images // 2], dim=1)
+    assert numpy.array_equal(numpy.array(draw_grid(colour))[2:30, 2:30], colour[0].permute(1, 2, 0))
 
 
-def test_colour_images_keep_their_colours_in_every_kind_of_file():
-    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
-    sample.save_grid(images, "grid.png")
-    assert numpy.array_equal(pixels("grid.png")[2:18, 2:18], images[0].permute(1, 2, 0))
-    sample.save_array(images, "images.npy")
-    assert numpy.array_equal(numpy.load("images.npy"), images.permute(0, 2, 3, 1))
-    two = torch.stack([torch.zeros_like(images), images // 255 * 255])  # few colours, as in a GIF
-    sample.save_animation([sample.draw_grid(frame) for frame in two], "walk.gif", 50)
-    with Image.open("walk.gif") as picture:
-        picture.seek(1)
-        shown = numpy.array(picture.convert("RGB"))[2:18, 2:18]
-    assert numpy.array_equal(shown, two[1, 0].permute(1, 2, 0))
+def test_command_writes_a_picture_an_array_or_an_animation(out, cli, generator):
+    digits = sample_digits(generator, 9, seed=5)
+    for name in ("grid.png", "digits.npy", "walk.gif"):
+        status, printed, err = cli(sample, "--out", name, "--count", 9, "--seed", 5)
+        assert (status, err) == (0, "") and name in printed and "out/checkpoint.pt" in printed
+    assert numpy.array_equal(read("grid.png"), draw_grid(digits))
+    assert numpy.array_equal(numpy.load("digits.npy"), digits.squeeze(1))
+    with Image.open("walk.gif") as walk:
+        assert walk.info["loop"] == 0 and walk.info["duration"] == 50
+        assert numpy.array_equal(walk.convert("L"), draw_grid(digits))
+    cli(sample, "--out", "four.npy", "--count", 9, "--seed", 5, "--category", 4)
+    assert numpy.array_equal(numpy.load("four.npy"), sample_digits(generator, 9, 5, 4).squeeze(1))
 
 
-def test_interpolation_changes_the_noise_smoothly_and_comes_back(generator):
-    frames = sample.interpolate(generator, 3, seed=5).float()
-    assert (frames[0] - sample.sample_digits(generator, 3, seed=5)).abs().max() <= 1
-    assert frames.shape == (sample.FRAMES, 3, 1, 28, 28)
-
-    def change(distance):
-        return (frames - frames.roll(distance, dims=0)).square().mean((2, 3, 4)).sqrt()
-
-    assert (change(1) > 0).all()  # the first frame is compared with the last one
-    assert change(1).max() < change(sample.FRAMES // 2).max() / 3
+def test_shipped_generator_draws_white_strokes_on_black_without_a_run(cli):
+    status, printed, _ = cli(sample)
+    assert status == 0 and "generator.pt" in printed and "100 digits" in printed
+    assert read("grid.png").shape == (302, 302)
+    digits = sample_digits(load_generator(), 200) / 255
+    assert 0.09 < digits.mean() < 0.17  # MNIST has 0.13
+    assert digits[:, :, :3].mean() < 0.02 < 0.9 < digits.amax((1, 2, 3)).min()
+    assert torch.cdist(digits.flatten(1), digits.flatten(1)).fill_diagonal_(math.inf).min() > 1
 
 
-def test_animation_shows_the_interpolation_for_ever(cli, checkpoint, generator):
-    assert cli(sample, "--out", "walk.gif", "--count", 2, "--checkpoint", checkpoint)[0] == 0
-    frames = sample.interpolate(generator, 2)
-    with Image.open("walk.gif") as picture:
-        assert picture.n_frames == sample.FRAMES and picture.info["loop"] == 0
-        for number in (0, 1, sample.FRAMES - 1):
-            picture.seek(number)
-            shown = numpy.array(picture.convert("L"))[2:30, 32:60]
-            assert numpy.array_equal(shown, frames[number, 1, 0])
+def test_smaller_or_edited_network_is_named_with_its_layer_and_both_shapes(out, monkeypatch):
+    monkeypatch.setattr(sample, "Generator", lambda: torch.nn.Sequential(Generator().layers))
+    with pytest.raises(InputError, match="Missing key.*0.0.weight"):
+        load_generator("out/checkpoint.pt")
+
+    class Edited(Generator):
+        def __init__(self):
+            super().__init__()
+            self.layers[0] = torch.nn.Linear(1, 2)
+
+    monkeypatch.setattr(sample, "Generator", Edited)
+    with pytest.raises(InputError, match=r"(?s)fits gan.py.*layers.0.weight.*\[2, 1\]"):
+        load_generator("out/checkpoint.pt")
 
 
-@pytest.mark.parametrize("count, frames", [(1, 1), (100, 100), (101, 51), (201, 67)])
-def test_animation_of_a_training_has_at_most_a_hundred_frames_and_the_last_epoch(
-        tmp_path, count, frames):
-    for epoch in range(count):
-        Image.new("L", (4, 4), epoch).save(tmp_path / f"epoch_{epoch:04d}.png")
-    sample.save_training_animation(tmp_path, "film.gif")
-    with Image.open("film.gif") as picture:
-        assert picture.n_frames == frames
-        picture.seek(frames - 1)
-        assert picture.convert("L").getpixel((0, 0)) == count - 1
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_named(out, complaint, run, damage, tmp_path):
+    path = tmp_path / "here/mine.pt"
+    shutil.copy(run / "checkpoint.pt", path)
+    DAMAGES[damage](path, torch.load(path))
+    assert "mine.pt is no checkpoint" in complaint(sample, "--checkpoint", "mine.pt")
 
 
-def test_shipped_generator_is_taken_until_there_is_a_run_of_ones_own(cli):
-    shipped = sample.load_generator()
-    status, out, _ = cli(sample, "--out", "digits.npy")
-    assert status == 0 and "results/generator.pt" in out and "no out/generator.pt" in out
-    expected = sample.sample_digits(shipped, 100).squeeze(1)
-    assert numpy.array_equal(numpy.load("digits.npy"), expected)
-    own = Generator()
-    Path("out").mkdir()
-    torch.save({"average": own.state_dict()}, "out/generator.pt")
-    status, out, _ = cli(sample, "--out", "digits.npy")
-    assert status == 0 and "the generator out/generator.pt\n" in out
-    assert numpy.array_equal(numpy.load("digits.npy"), sample.sample_digits(own, 100).squeeze(1))
-
-
-# The last cell opens a picture for the notebook, which reads and closes it.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_cells_of_the_readme_run_in_a_notebook(monkeypatch, tmp_path):
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(blobs(130)))  # in place of MNIST
-    monkeypatch.setattr(train, "SHIPPED_DATA", tmp_path)
-    cells = readme_code("In a notebook")
-    assert len(cells) >= 3
-    names = {}
-    for cell in cells:
-        exec(re.sub(r"^%.*$", "", cell, flags=re.MULTILINE), names)
-    for path in contents("."):
-        if path.suffix == ".png":
-            assert pixels(path).std() > 0
-
-
-def test_folder_of_pictures_becomes_a_data_set_as_the_readme_says(capsys):
-    code, = readme_code("Your own images")
-    Path("my-images", "more").mkdir(parents=True)
-    Path("my-images", "notes.txt").write_text("no picture")
-    with pytest.raises(SystemExit, match="no pictures"):
-        exec(code, {})
-    large = [Image.fromarray(image.numpy()).resize((56, 56), 0) for image in blobs(6)]
-    ink = Image.new("L", (56, 56), 255)
-    large[0].convert("RGB").save("my-images/0.png")
-    large[1].save("my-images/1.JPEG")
-    Image.fromarray(numpy.array(large[2]).astype(numpy.uint16) * 257).save("my-images/2.PNG")
-    Image.merge("LA", (ink, large[3])).save("my-images/3.png")
-    Image.merge("RGBA", (ink, ink, ink, large[4])).save("my-images/4.png")
-    large[5].convert("P").save("my-images/more/5.png")
-    exec(code, {})
-    difference = train.load_images(Path("my-images.idx")).int() - blobs(6).unsqueeze(1)
-    assert difference.abs().float().mean() < 8 and "(6, 28, 28)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("options", [
-    "--out grid.jpg", "--out grid", "--count 0", "--count 2.5", "--count 100001", "--seed -1",
-    "--out walk.gif --count 401", "--category 10", "--category -1", "--category three",
-    f"--seed {2**63}", "--device tpu", "--device cuda:99", "--checkpoint none.pt",
-    "--out file/grid.png", "--out folder.png"])
-def test_bad_options_are_named_in_one_line_and_nothing_is_written(cli, checkpoint, options):
-    Path("file").write_text("a file")
-    Path("folder.png").mkdir()
-    line = complaint(cli, sample, "--checkpoint", checkpoint, *options.split())
-    assert options.split()[-1].partition("/")[0] in line
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_checkpoint_that_does_not_fit_is_one_line(cli, checkpoint, how):
-    DAMAGES[how](checkpoint, torch.load(checkpoint))
-    assert str(checkpoint) in complaint(cli, sample, "--checkpoint", checkpoint)
+@pytest.mark.parametrize("options, word", [
+    ("--count 0", "--count"), ("--count many", "'many'"), ("--seed -1", "--seed"),
+    ("--seed 4294967296", "--seed"), ("--category 10", "10"), ("--category -1", "-1"),
+    ("--out grid.xyz", ".xyz"), ("--out nowhere/grid.png", "nowhere")])
+def test_bad_options_are_named(complaint, options, word):
+    assert word in complaint(sample, *options.split())
