@@ -5,17 +5,17 @@ import numpy
 import pytest
 
 import plot_losses
+from conftest import COLUMNS
 from plot_losses import plot
 
-HEADER = "epoch,step,d_loss,g_loss,d_real,d_fake\n"
+HEADER = ",".join(COLUMNS) + "\n"
 
 
 def test_plot_shows_each_column_and_its_value_for_a_discriminator_that_always_outputs_one_half(run):
     log = numpy.genfromtxt(run / "losses.csv", delimiter=",", names=True)
     losses, outputs = plot(run / "losses.csv", "losses.png").axes
     half = 2 * math.log(2), math.log(2), 0.5, 0.5
-    columns = ("d_loss", "g_loss", "d_real", "d_fake")
-    for number, (column, indifferent) in enumerate(zip(columns, half)):
+    for number, (column, indifferent) in enumerate(zip(COLUMNS[2:], half)):
         axes = (losses, outputs)[number // 2]
         thin, bold, dotted = axes.lines[number % 2 * 3:][:3]
         for line in (thin, bold):  # so few rows have no neighbours within 1 %
