@@ -19,21 +19,24 @@ frequency q among the fakes. D outputs the same number D(x) wherever it meets x,
 
     p log D(x)  +  q log(1 - D(x))
 
-to V. Its slope with respect to D(x) is p / D(x) - q / (1 - D(x)). This is 0, and V is largest, at
+to V. The slope of this sum with respect to D(x) is p / D(x) - q / (1 - D(x)). It is 0, and the sum
+is largest, at
 
     D(x) = p / (p + q)
 
-(Proposition 1 of the paper). So D learns how often an image is real, among equally many of both
-kinds. Where real images and fakes are equally frequent, the best D outputs 1/2. If G's fakes are
-distributed exactly like the real images, it outputs 1/2 everywhere, and nothing is left to learn.
+(Proposition 1 of the paper). If D sees equally many real images and fakes, this is the share of
+real ones among all occurrences of x. Where both are equally frequent, the best D outputs 1/2. V is
+smallest, and G at its goal, if this is so everywhere: the fakes are distributed exactly like the
+real images (Theorem 1).
 
 G never receives a real image. It learns from D alone: from the gradient of D's output with respect
 to the pixels of a fake. This gradient says, for each pixel, whether the fake would look more real
-to D if the pixel were lighter or darker. With the best D, it points to where p grows faster than q.
+to D if the pixel were lighter or darker. With the best D, it points to where p / q grows fastest.
 
 Read this file from top to bottom: the input z, the two networks, their losses, the step in which
-they meet, and two additions to the textbook. A comment such as # (N, 1, 28, 28) gives the shape of
-a result: N images with 1 channel (grey), 28 pixels high and 28 wide.
+they meet, two additions, and the way from pixels to numbers and back. A comment such as
+# (N, 1, 28, 28) gives the shape of a result: N images with 1 channel (grey), 28 pixels high and 28
+wide.
 """
 import torch
 import torch.nn.functional as F
@@ -42,9 +45,9 @@ from torch import nn
 # ------------------------------------------------------------------------------------------------
 # The input of the generator: random numbers z
 
+NOISE_DIM = 100       # as in DCGAN (see Generator)
 N_CATEGORIES = 10     # as many as there are digits
-NOISE_DIM = 54        # not tuned; with 22, digits vary a little less; with DCGAN's 100, as much
-CATEGORY_SCALE = 4.0  # 1 does little, 100 too much; with 0, z is noise only, as in most GANs
+CATEGORY_SCALE = 4.0  # with 0, z is noise only; with 100, G does not notice the noise
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
 
 
@@ -55,19 +58,20 @@ def sample_latent(count, device="cpu", random=None, category=None):
     noise stays as it is. `random` is a source of random numbers on `device`: a torch.Generator,
     which has nothing to do with the Generator below.
     """
-    # Noise is all that most GANs have. But a network is continuous: if z changes gradually, the
-    # image does too. Slant and stroke width vary gradually. The kind of digit does not: on the way
-    # from a 3 to a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,
-    # arxiv.org/abs/1806.00880). With categories, the set of all z has separate parts. No label and
-    # no loss ties a category to a digit, but G tends to draw similar digits in one category.
+    # Most GANs have only the noise. But a network is continuous: if z changes gradually, the image
+    # does too. Slant and stroke width vary gradually. The kind of digit does not: on the way from a
+    # 3 to a 0, G would have to draw images that are neither (Khayatkhoei et al. 2018,
+    # arxiv.org/abs/1806.00880). Each category is a separate part of the set of all z, so there is
+    # no such way. No label and no loss ties a category to a digit, but G tends to draw similar
+    # digits in one category.
     # A network reads a category as a "one-hot" vector: one entry is 1, and the others are 0. The
-    # scale makes it count beside the noise, whose length is about the root of NOISE_DIM.
+    # scale makes it count beside the noise, whose length is about 10, the root of NOISE_DIM.
     number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
     if category is not None:
         number[:] = category
     one_hot = F.one_hot(number, N_CATEGORIES)                                 # (N, 10)
-    noise = torch.randn(count, NOISE_DIM, device=device, generator=random)    # (N, 54)
-    return torch.cat([CATEGORY_SCALE * one_hot, noise], dim=1)                # (N, 64)
+    noise = torch.randn(count, NOISE_DIM, device=device, generator=random)    # (N, 100)
+    return torch.cat([CATEGORY_SCALE * one_hot, noise], dim=1)                # (N, 110)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,36 +85,37 @@ class Generator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # A feature map is a small image inside a network. G begins with c1 of them, 4x4 pixels each,
-        # and enlarges them step by step: 4, 7, 14, 28. Halving their number as they grow follows
-        # DCGAN, the convolutional GAN of most tutorials (Radford et al. 2015,
-        # arxiv.org/abs/1511.06434).
+        # Both networks follow DCGAN, the convolutional GAN of most tutorials (Radford et al. 2015,
+        # arxiv.org/abs/1511.06434). A feature map is a small image inside a network. G begins with
+        # c1 of them, of 4x4 pixels, enlarges them step by step, to 7, 14 and 28, and halves their
+        # number as they grow.
         # Linear: each entry of z adds its own pattern to the first feature maps.
-        # BatchNorm2d scales each feature map to mean 0 and variance 1 over the batch, then applies a
-        #     learned scale and shift. DCGAN found it critical to keep G from drawing the same image
-        #     for every z (section 3). In the last layer it would give every batch the same
+        # BatchNorm2d scales each feature map to mean 0 and variance 1 over the batch, then applies
+        #     a learned scale and shift. DCGAN found it critical to keep G from drawing the same
+        #     image for every z (section 3). In the last layer, it would give every batch the same
         #     brightness and contrast.
         # ConvTranspose2d is a learned way to enlarge an image. Each input pixel puts a copy of the
         #     kernel, times its value, into the output. The copies lie `stride` pixels apart and are
         #     added where they overlap. `padding` pixels are cut off at each edge. From size 4,
-        #     kernel 3 makes (4 - 1) * 2 + 3 - 2 = 7. Kernel 4 doubles the size. As a multiple of the
-        #     stride, it also covers all pixels equally often, so that the image shows no
+        #     kernel 3 makes (4 - 1) * stride + 3 - 2 * padding = 7. Kernel 4 doubles the size. As a
+        #     multiple of the stride, it puts equally many copies on every pixel inside. With kernel
+        #     3 in the last layers, some pixels would receive more, and the image could show a
         #     checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
-        # Tanh ends in the range of the real images.
-        c1, c2, c3 = 128, 64, 32
+        # Tanh: its outputs lie between -1 and 1, the range of the real images.
+        c1, c2, c3 = 64, 32, 16
         self.layers = nn.Sequential(
-            nn.Linear(LATENT_DIM, c1 * 4 * 4, bias=False),                    # (N, 2048)
-            nn.Unflatten(1, (c1, 4, 4)),                                      # (N, 128, 4, 4)
+            nn.Linear(LATENT_DIM, c1 * 4 * 4),                         # (N, 1024)
+            nn.Unflatten(1, (c1, 4, 4)),                               # (N, 64, 4, 4)
             nn.BatchNorm2d(c1),
             nn.ReLU(),
-            nn.ConvTranspose2d(c1, c2, 3, stride=2, padding=1, bias=False),   # (N, 64, 7, 7)
+            nn.ConvTranspose2d(c1, c2, 3, stride=2, padding=1),        # (N, 32, 7, 7)
             nn.BatchNorm2d(c2),
             nn.ReLU(),
-            nn.ConvTranspose2d(c2, c3, 4, stride=2, padding=1, bias=False),   # (N, 32, 14, 14)
+            nn.ConvTranspose2d(c2, c3, 4, stride=2, padding=1),        # (N, 16, 14, 14)
             nn.BatchNorm2d(c3),
             nn.ReLU(),
-            nn.ConvTranspose2d(c3, CHANNELS, 4, stride=2, padding=1),         # (N, 1, 28, 28)
-            nn.Hardtanh(),
+            nn.ConvTranspose2d(c3, CHANNELS, 4, stride=2, padding=1),  # (N, 1, 28, 28)
+            nn.Tanh(),
         )
         self.apply(init_weights)
 
@@ -124,7 +129,10 @@ class Discriminator(nn.Module):
     def __init__(self):
         super().__init__()
         # D is a classifier with two classes, real and fake. G learns from nothing but its gradient.
-        # Conv2d with stride 2 halves the size. DCGAN uses it in place of pooling (section 3).
+        # Conv2d with stride 2 halves the size (7 becomes 4). DCGAN uses it in place of pooling
+        #     (section 3). The one with stride 1 keeps the size and lets the next layer see up to
+        #     23x23 pixels of the image (its "receptive field"), most of a digit. Without it, they
+        #     would be 18x18.
         # BatchNorm2d makes D's output for an image depend a little on the rest of its batch. D may
         #     then notice that the fakes of a batch resemble one another, as the minibatch
         #     discrimination of Salimans et al. does on purpose (2016, arxiv.org/abs/1606.03498,
@@ -134,22 +142,22 @@ class Discriminator(nn.Module):
         #     gradient reaches the fakes everywhere. ReLU would pass none.
         # D ends in a logit, an unbounded number. The losses below take log(1 - D), and in float32
         #     the sigmoid of 17 is exactly 1, where log(1 - D) has no value.
-        c1, c2, c3, c4 = 16, 32, 96, 192
+        c1, c2, c3, c4 = 8, 16, 48, 96
         self.layers = nn.Sequential(
-            nn.Conv2d(CHANNELS, c1, 4, stride=2, padding=1),                  # (N, 16, 14, 14)
+            nn.Conv2d(CHANNELS, c1, 4, stride=2, padding=1),          # (N, 8, 14, 14)
             nn.LeakyReLU(0.2),
-            nn.Conv2d(c1, c2, 4, stride=2, padding=1, bias=False),            # (N, 32, 7, 7)
+            nn.Conv2d(c1, c2, 4, stride=2, padding=1),                # (N, 16, 7, 7)
             nn.BatchNorm2d(c2),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(c2, c3, 3, stride=1, padding=1, bias=False),            # (N, 96, 7, 7)
+            nn.Conv2d(c2, c3, 3, stride=1, padding=1),                # (N, 48, 7, 7)
             nn.BatchNorm2d(c3),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(c3, c4, 3, stride=2, padding=1, bias=False),            # (N, 192, 4, 4)
+            nn.Conv2d(c3, c4, 3, stride=2, padding=1),                # (N, 96, 4, 4)
             nn.BatchNorm2d(c4),
             nn.LeakyReLU(0.2),
-            nn.Flatten(),                                                     # (N, 3072)
-            nn.Linear(c4 * 4 * 4, 1),                                         # (N, 1)
-            nn.Flatten(0),                                                    # (N,)
+            nn.Flatten(),                                             # (N, 1536)
+            nn.Linear(c4 * 4 * 4, 1),                                 # (N, 1)
+            nn.Flatten(0),                                            # (N,)
         )
         self.apply(init_weights)
 
@@ -207,9 +215,9 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     log: d_loss without the penalty, g_loss, and the means d_real of D(x) and d_fake of D(G(z)).
     Raises InputError if the fakes and the real images differ in shape.
     """
-    # G draws as many fakes as there are real images. D would know fakes of another size by that
-    # alone, and G would learn nothing.
-    z = sample_latent(len(real), device=real.device)                          # (N, 64)
+    # The fakes must have the height and width of the real images. D would recognise them by another
+    # size, whatever they show.
+    z = sample_latent(len(real), device=real.device)                          # (N, 110)
     fake = generator(z)                                                       # (N, 1, 28, 28)
     if fake.shape != real.shape:
         raise InputError(f"fakes have shape {tuple(fake.shape)}, and real images "
@@ -235,8 +243,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     # 2. Update G with the same fakes, which saves the time to make new ones.
     # D has changed, so it rates them once more. The old fake_logits would not do in any case:
     # detach() has cut them off from G.
-    # The gradient passes through D to the pixels of the fakes, and on to G. `inputs` says that only
-    # G's weights keep theirs: D must not learn to be deceived.
+    # The gradient passes through D to the pixels of the fakes, and on to G. `inputs` saves the time
+    # to compute that of D's weights, which are not updated here.
     g_loss = generator_loss(discriminator(fake))
     g_optimizer.zero_grad()
     g_loss.backward(inputs=list(generator.parameters()))
@@ -252,17 +260,18 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
 
 def make_optimizer(network, lr):
     """Create the Adam optimizer of one network, with the learning rate lr."""
-    # Adam follows a running average of past gradients. beta1 says how far back it reaches: about ten
-    # steps with the usual 0.9, and two with 0.5. The other network changes in every step, so old
-    # gradients can point in a wrong direction. DCGAN found that 0.9 made training oscillate
+    # Adam follows a running average of past gradients. beta1 says how far back it reaches: about
+    # ten steps with the usual 0.9, and two with 0.5. The other network changes in every step, so
+    # old gradients can point in a wrong direction. DCGAN found that 0.9 made training oscillate
     # (section 4).
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999))
 
 
 # ------------------------------------------------------------------------------------------------
-# What the textbook does not have. Training works without it, and draws worse digits.
+# Two additions. Like the category in z, they are in neither paper. Training works without them, and
+# draws worse digits (README.md, "From a blank file").
 
-R1_GAMMA = 0.03   # the paper's gamma; it uses 10, which is far too much for these images
+R1_GAMMA = 0.03   # the paper uses 10, for larger images
 R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2
 
 
@@ -272,9 +281,12 @@ def r1_penalty(discriminator, real):
     Takes real images (N, CHANNELS, 28, 28). It is R1_GAMMA / 2 times the mean, over the images, of
     the squared length of the gradient of D's logit with respect to the pixels (section 4.1).
     """
-    # Suppose that the fakes already look real. If D's logit is steep at real images, its gradient
-    # still pushes G away from them, and training can oscillate without end (section 2). The penalty
-    # makes the logit flatter there.
+    # If the fakes are distributed like the real images, the best D is 1/2 everywhere: its gradient
+    # is 0. If D still has a gradient there, it moves G away from this solution, and D follows. Both
+    # can circle around the solution and never reach it (section 2). The penalty makes D's gradient
+    # at real images smaller, so that it moves G less as G comes close.
+    # Batch norm lets the images of a batch influence each other's logits. The gradient of the sum
+    # is then not exactly each image's own.
     # requires_grad_() marks a new tensor: the caller's stays as it is. create_graph is needed
     # because D's update differentiates this gradient once more.
     real = real.detach().requires_grad_()
@@ -284,23 +296,20 @@ def r1_penalty(discriminator, real):
     return R1_GAMMA / 2 * squared_length.mean()
 
 
-AVERAGE_K = 40  # a smaller value reaches further back; 20 is as good
+AVERAGE_K = 40  # not tuned; a smaller value reaches further back
 
 
-@torch.no_grad()
 def update_average(average, generator, step):
     """Update `average`, the running average of G's weights, after a step. The first step is 1."""
     # G and D react to each other, so G's weights keep moving around a good solution instead of
     # settling there. Their average is closer to it (Yazıcı et al. 2018, arxiv.org/abs/1806.04498).
-    # Only the samples use it. Each step moves it towards the newest weights by a fraction of the
-    # way: all of it in step 1, then less and less (Shamir and Zhang 2013, arxiv.org/abs/1212.1824),
-    # so that it always covers the last part of the run.
-    # The buffers are batch norm's running means and variances, which belong to the weights, and an
-    # integer, which is not used.
+    # Only the samples use the average. Each step moves it towards the newest weights by a fraction
+    # of the way: all of it in step 1, then less and less (Shamir and Zhang 2013,
+    # arxiv.org/abs/1212.1824), so that it covers about the last fortieth of all steps.
+    # A state holds the weights and batch norm's running means and variances, which belong to them.
+    # It also holds integers, which batch norm does not use.
     fraction = AVERAGE_K / (step + AVERAGE_K - 1)
-    olds = [*average.parameters(), *average.buffers()]
-    news = [*generator.parameters(), *generator.buffers()]
-    for old, new in zip(olds, news):
+    for old, new in zip(average.state_dict().values(), generator.state_dict().values()):
         if old.is_floating_point():
             old.lerp_(new, fraction)
 

@@ -2,7 +2,7 @@
 
 The upper plot shows the two losses, the lower one the mean output of the discriminator for real
 images, D(x), and for fakes, D(G(z)). The dotted lines show the values if D outputs 0.5 for every
-image. The script also works while the training is in progress.
+image. The script can be called while the training is in progress.
 """
 import argparse
 import math
@@ -20,7 +20,10 @@ def plot(csv_path, out):
     Raises ValueError if `csv_path` is no loss log or matplotlib does not know the type of `out`,
     and OSError if a file cannot be read or written.
     """
-    log = numpy.genfromtxt(csv_path, delimiter=",", names=True, ndmin=1)
+    rows = Path(csv_path).read_text().splitlines()
+    if len(rows) < 2:
+        raise ValueError("it has no rows yet")
+    log = numpy.genfromtxt(rows, delimiter=",", names=True, ndmin=1)
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, outputs = figure.subplots(2, sharex=True)
     draw_curve(losses, log, "d_loss", "d_loss", BLUE, 2 * math.log(2))
@@ -54,8 +57,8 @@ def main():
     out = arguments.out or arguments.csv.with_name("losses.png")
     try:
         plot(arguments.csv, out)
-    except Exception as error:  # each kind of damage has one of its own
-        parser.exit(2, f"plot_losses.py: {arguments.csv} was not plotted: {error}\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"plot_losses.py: {arguments.csv}: {' '.join(str(error).split())}\n")
     print(f"{out}: wrote the plot of {arguments.csv}")
 
 

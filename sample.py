@@ -1,7 +1,7 @@
 """Generate new digits with a trained generator:  python sample.py [--out grid.png] ...
 
 Without --checkpoint, the script uses out/checkpoint.pt, which train.py saves after each epoch, or
-else the trained generator that comes with it, results/generator.pt.
+else the trained generator of this repository, results/generator.pt.
 """
 import argparse
 import math
@@ -19,7 +19,7 @@ SHIPPED = Path(__file__).resolve().parent / "results/generator.pt"
 
 
 def load_checkpoint(path, parts):
-    """Load a file that train.py saved into `parts`, networks and optimizers by their names in it.
+    """Load into `parts`, networks and optimizers by name, their states from a file of train.py.
 
     Returns all that the file holds. Raises InputError if it is missing, damaged, or does not fit.
     """
@@ -29,8 +29,8 @@ def load_checkpoint(path, parts):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except Exception as error:  # for another network, the message names its layers and shapes
-        reason = str(error)[:300] if isinstance(error, RuntimeError) else type(error).__name__
-        raise InputError(f"{path} is no checkpoint that fits gan.py: {reason}") from None
+        reason = str(error) if isinstance(error, RuntimeError) else type(error).__name__
+        raise InputError(f"{path} is no checkpoint that fits gan.py: {reason:.300}") from None
     return checkpoint
 
 
@@ -72,8 +72,8 @@ def draw_grid(images):
     return Image.fromarray(grid[:images.shape[1]].permute(1, 2, 0).squeeze(2).numpy())
 
 
-def save_animation(pictures, path, milliseconds):
-    """Save PIL images as an animated GIF that loops forever. Each is shown for some time."""
+def save_animation(pictures, path, milliseconds=50):
+    """Save PIL images as an animated GIF that loops forever. Each is shown for milliseconds."""
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 
 
@@ -92,14 +92,13 @@ def main():
     try:
         generator = load_generator(arguments.checkpoint)
         if out.suffix == ".gif":
-            frames = interpolate(generator, *latents)
-            save_animation([draw_grid(images) for images in frames], out, milliseconds=50)
+            save_animation([draw_grid(images) for images in interpolate(generator, *latents)], out)
         elif out.suffix == ".npy":
             numpy.save(out, sample_digits(generator, *latents).squeeze(1).numpy())
         else:
             draw_grid(sample_digits(generator, *latents)).save(out)
-    except (ValueError, OSError) as error:  # Pillow's ValueError: it knows no such kind of picture
-        parser.exit(2, f"sample.py: {error}\n")
+    except (OSError, ValueError, KeyError) as error:  # the last two: no such kind of picture
+        parser.exit(2, f"sample.py: {' '.join(str(error).split())}\n")
     print(f"{out}: wrote {arguments.count} digits from {arguments.checkpoint}")
 
 

@@ -2,11 +2,9 @@
 
     python tests/benchmark.py quality [FILE ...]        score generators, and real digits
     python tests/benchmark.py experiments [NAME ...]    change the program, train it and score it
-    python tests/benchmark.py speed                     time a training step
     python tests/benchmark.py pictures                  draw generated digits beside real ones
 """
 import argparse
-import copy
 import gzip
 import shutil
 import statistics
@@ -33,7 +31,6 @@ DRAWS = range(11, 16)  # the seeds of the latent vectors of five draws of 10,000
 RATE = ("train.py", "LEARNING_RATE = 0.001 ", "LEARNING_RATE = 0.0002 ")
 NO_R1 = ("gan.py", "if step % R1_INTERVAL == 0 else 0", "if False else 0")
 NO_CATEGORY = ("gan.py", "CATEGORY_SCALE = 4.0 ", "CATEGORY_SCALE = 0.0 ")
-G_CHANNELS, D_CHANNELS = "c1, c2, c3 = 128, 64, 32", "c1, c2, c3, c4 = 16, 32, 96, 192"
 
 EXPERIMENTS = {
     "DCGAN": [RATE, NO_R1, NO_CATEGORY],
@@ -42,6 +39,12 @@ EXPERIMENTS = {
     "no change": [],
     "no R1": [NO_R1],
     "learning rate 0.0002": [RATE],
+    "twice the channels": [
+        ("gan.py", "c1, c2, c3 = 64, 32, 16", "c1, c2, c3 = 128, 64, 32"),
+        ("gan.py", "c1, c2, c3, c4 = 8, 16, 48, 96", "c1, c2, c3, c4 = 16, 32, 96, 192")],
+    "half the channels": [
+        ("gan.py", "c1, c2, c3 = 64, 32, 16", "c1, c2, c3 = 32, 16, 8"),
+        ("gan.py", "c1, c2, c3, c4 = 8, 16, 48, 96", "c1, c2, c3, c4 = 4, 8, 24, 48")],
     "category scale 100": [("gan.py", "CATEGORY_SCALE = 4.0 ", "CATEGORY_SCALE = 100.0 ")],
     "real images from 0 to 255": [("gan.py", "pixels.float() / 127.5 - 1", "pixels.float()")],
 }
@@ -57,21 +60,22 @@ numpy.save("digits.npy", torch.stack(draws).numpy())
 
 
 class Classifier(nn.Module):
-    """Maps digits (N, 1, 28, 28), uint8, to 64 features (N, 64) and logits (N, 10)."""
+    """Maps digits (N, 1, 28, 28), uint8, to features (N, 288) and logits (N, 10)."""
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),   # (N, 32, 14, 14)
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (N, 64, 7, 7)
-            nn.Flatten(), nn.Linear(64 * 7 * 7, 64),                      # (N, 64)
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),   # (N, 16, 14, 14)
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (N, 32, 7, 7)
         )
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))           # (N, 10)
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10))  # (N, 10)
 
     def forward(self, digits):
-        # The features are taken before the ReLU, after which some would be 0 for every digit.
-        features = self.features(digits.float() / 255)
-        return features, self.head(features)
+        # The features are taken where a digit still has a layout. After the head's first layer,
+        # ten directions hold 97 % of the variance: little more than the kind of digit.
+        maps = self.body(digits.float() / 255)
+        return F.avg_pool2d(maps, 3, stride=2).flatten(1), self.head(maps)
 
 
 def train_classifier(digits, labels, epochs=3):
@@ -104,8 +108,8 @@ def frechet_distance(one, other):
 
 def radii(points):
     """Return the distance of each point (N, F) to its third nearest neighbour: (N,)."""
-    parts = [torch.cdist(part, points).kthvalue(4, dim=1).values for part in points.split(1000)]
-    return torch.cat(parts)
+    parts = [torch.cdist(part, points).topk(4, largest=False).values for part in points.split(1000)]
+    return torch.cat(parts)[:, 3]  # the nearest one is the point itself
 
 
 def covered(points, others, radii_of_others):
@@ -164,7 +168,7 @@ class Scorer:
     def print_row(self, name, draws):
         scores = [self.score(digits) for digits in draws]
         distance, *shares = [statistics.median(values) for values in zip(*scores)]
-        print(f"{distance:8.2f}", *(f"{share:10.3f}" for share in shares), f"  {name}", flush=True)
+        print(f"{distance:8.3f}", *(f"{share:10.3f}" for share in shares), f"  {name}", flush=True)
 
 
 def measure_quality(files, seeds, test):
@@ -188,8 +192,8 @@ def apply(edits, folder):
 
 def run_experiments(names, epochs, seeds, out):
     scorer = Scorer()
-    for name in names:
-        for seed in seeds:
+    for seed in seeds:
+        for name in names:
             folder = out / f"{name.replace(' ', '_')}_seed_{seed}"
             apply(EXPERIMENTS[name], folder)
 
@@ -207,25 +211,6 @@ def run_experiments(names, epochs, seeds, out):
                 call("-c", DRAW, network)
                 draws = torch.from_numpy(numpy.load(folder / "digits.npy"))
                 scorer.print_row(f"{name}, seed {seed}, {network}, {minutes:.1f} min, {log}", draws)
-
-
-def measure_speed(rounds):
-    """Print the images per second of a training step: the median of several rounds of 16 steps."""
-    images = train.load_images(train.MNIST).to(train.DEVICES[-1])
-    networks = [network().to(images.device) for network in (gan.Generator, gan.Discriminator)]
-    optimizers = [gan.make_optimizer(network, train.LEARNING_RATE) for network in networks]
-    average = copy.deepcopy(networks[0])
-    speeds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        for step in range(1, gan.R1_INTERVAL + 1):
-            batch = torch.randint(len(images), (train.BATCH_SIZE,), device=images.device)
-            losses = gan.adversarial_step(
-                *networks, *optimizers, gan.from_pixels(images[batch]), step)
-            gan.update_average(average, networks[0], step)
-        losses["g_loss"].item()  # waits for a GPU
-        speeds.append(gan.R1_INTERVAL * train.BATCH_SIZE / (time.perf_counter() - started))
-    print(f"{statistics.median(speeds):.0f} images/s, median of {rounds} rounds")
 
 
 def draw_pictures(out):
@@ -260,14 +245,13 @@ def main():
     experiments.add_argument("--epochs", type=int, default=train.EPOCHS)
     experiments.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
     experiments.add_argument("--out", type=Path, default=Path("out-experiments"))
-    parts.add_parser("speed").add_argument("--rounds", type=int, default=9)
     parts.add_parser("pictures").add_argument("--out", type=Path, default=Path("."))
     arguments = vars(parser.parse_args())
     part = arguments.pop("part")
     if not set(arguments.get("names", [])) <= set(EXPERIMENTS):
         parser.error(f"choose from: {'; '.join(EXPERIMENTS)}")
     functions = {"quality": measure_quality, "experiments": run_experiments,
-                 "speed": measure_speed, "pictures": draw_pictures}
+                 "pictures": draw_pictures}
     try:
         functions[part](**arguments)
     except (gan.InputError, OSError, subprocess.CalledProcessError) as error:

@@ -15,51 +15,40 @@ def test_plot_shows_each_column_and_its_value_for_a_discriminator_that_always_ou
     log = numpy.genfromtxt(run / "losses.csv", delimiter=",", names=True)
     losses, outputs = plot(run / "losses.csv", "losses.png").axes
     half = 2 * math.log(2), math.log(2), 0.5, 0.5
-    for number, (column, indifferent) in enumerate(zip(COLUMNS[2:], half)):
-        axes = (losses, outputs)[number // 2]
-        thin, bold, dotted = axes.lines[number % 2 * 3:][:3]
+    labels = "d_loss", "g_loss", "D(x), real images", "D(G(z)), fakes"
+    for number, (column, label, indifferent) in enumerate(zip(COLUMNS[2:], labels, half)):
+        thin, bold, dotted = (losses, outputs)[number // 2].lines[number % 2 * 3:][:3]
         for line in (thin, bold):  # so few rows have no neighbours within 1 %
             assert numpy.array_equal(line.get_xdata(), log["step"])
             assert line.get_ydata() == pytest.approx(log[column])
         assert dotted.get_ydata() == pytest.approx([indifferent] * 2) and dotted.is_dashed()
         assert thin.get_color() == bold.get_color() == dotted.get_color()
-        assert bold.get_label() == {"d_real": "D(x), real images",
-                                    "d_fake": "D(G(z)), fakes"}.get(column, column)
-    assert losses.get_ylabel() == "loss" and "D" in outputs.get_ylabel()
+        assert bold.get_label() == label
+    assert losses.lines[0].get_color() != losses.lines[3].get_color() and losses.get_legend()
 
 
-def test_bold_curve_is_the_mean_of_the_neighbours_within_one_percent(tmp_path):
-    rows = [f"1,{20 * row},{row % 2},1,0.5,0.5" for row in range(200)]
-    (tmp_path / "log.csv").write_text(HEADER + "\n".join(rows))
-    bold = plot(tmp_path / "log.csv", "losses.png").axes[0].lines[1].get_ydata()
-    assert len(bold) == 200
-    assert bold[0] == pytest.approx(1 / 3) and bold[10] == pytest.approx(2 / 5)
-
-
-def test_single_row_is_visible(tmp_path):
-    (tmp_path / "log.csv").write_text(HEADER + "1,20,1.3,0.7,0.5,0.5\n")
-    assert plot(tmp_path / "log.csv", "losses.png").axes[0].lines[1].get_marker() == "."
+def test_bold_curve_is_the_mean_of_the_neighbours_and_a_single_row_is_a_dot(tmp_path):
+    rows = [f"1,{20 * row},{row % 2},1,0.5,0.5\n" for row in range(200)]
+    for count, ends in ((200, [1 / 3, 2 / 5]), (1, [0])):
+        (tmp_path / "log.csv").write_text(HEADER + "".join(rows[:count]))
+        bold = plot(tmp_path / "log.csv", "losses.png").axes[0].lines[1]
+        assert bold.get_ydata()[[0, 10][:len(ends)]] == pytest.approx(ends)
+        assert (bold.get_marker() == ".") == (count == 1)
 
 
 def test_command_puts_the_plot_beside_the_log_or_where_it_is_told(cli, tmp_path):
-    folder = tmp_path / "my run"
-    folder.mkdir()
-    (folder / "losses.csv").write_text(HEADER + "1,20,1,1,0.5,0.5\n2,40,1,1,0.5,0.5\n")
-    status, printed, err = cli(plot_losses, "--csv", folder / "losses.csv")
-    assert (status, err) == (0, "") and str(folder / "losses.png") in printed
-    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert cli(plot_losses, "--csv", folder / "losses.csv", "--out", "plot.svg")[0] == 0
+    (tmp_path / "losses.csv").write_text(HEADER + "1,20,1,1,0.5,0.5\n2,40,1,1,0.5,0.5\n")
+    status, printed, err = cli(plot_losses, "--csv", tmp_path / "losses.csv")
+    assert (status, err) == (0, "") and str(tmp_path / "losses.png") in printed
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert cli(plot_losses, "--csv", tmp_path / "losses.csv", "--out", "plot.svg")[0] == 0
 
 
 @pytest.mark.filterwarnings("ignore:genfromtxt")
-@pytest.mark.parametrize("log", [
-    "", "some text", "epoch,step,d_loss\n1,20,1\n", HEADER + "1,20,1,1,0.5,0.5\n1,40,1"])
-def test_file_that_is_no_loss_log_is_named(complaint, tmp_path, log):
+@pytest.mark.parametrize("log, options, words", [
+    ("", [], "log.csv"), ("some text", [], "log.csv"), ("epoch,step,d_loss\n1,2,1\n", [], "g_loss"),
+    (HEADER + "1,20,1,1,0.5,0.5\n1,40,1", [], "log.csv"),
+    (HEADER + "1,20,1,1,.5,.5\n", ["--out", "plot.xyz"], "'xyz'"), ("", ["--csv", "none"], "none")])
+def test_file_that_is_no_loss_log_or_no_picture_is_named(complaint, tmp_path, log, options, words):
     (tmp_path / "log.csv").write_text(log)
-    assert "log.csv was not plotted" in complaint(plot_losses, "--csv", tmp_path / "log.csv")
-
-
-def test_missing_log_and_unknown_kinds_of_picture_are_named(complaint, tmp_path):
-    assert "nothing.csv" in complaint(plot_losses, "--csv", "nothing.csv")
-    (tmp_path / "log.csv").write_text(HEADER + "1,20,1,1,0.5,0.5\n")
-    assert "'xyz'" in complaint(plot_losses, "--csv", tmp_path / "log.csv", "--out", "plot.xyz")
+    assert words in complaint(plot_losses, "--csv", tmp_path / "log.csv", *options)
