@@ -15,7 +15,7 @@ Here E[...] is a mean, and log is the natural logarithm. D is trained to make V 
 to make V small. (For G, the second term is replaced by a variant: see generator_loss.)
 
 What is the best D? Take one image x, which occurs with frequency p among the real images and with
-frequency q among the fakes. D outputs the same number D(x) wherever it meets x, so x contributes
+frequency q among the fakes. If D(x) depends on x alone, x contributes
 
     p log D(x)  +  q log(1 - D(x))
 
@@ -25,13 +25,14 @@ is largest, at
     D(x) = p / (p + q)
 
 (Proposition 1 of the paper). If D sees equally many real images and fakes, this is the share of
-real ones among all occurrences of x. Where both are equally frequent, the best D outputs 1/2. V is
-smallest, and G at its goal, if this is so everywhere: the fakes are distributed exactly like the
-real images (Theorem 1).
+real ones among all occurrences of x. Where both are equally frequent, the best D outputs 1/2. With
+the best D, V is smallest, and G at its goal, if this is so everywhere: the fakes are distributed
+exactly like the real images (Theorem 1).
 
 G never receives a real image. It learns from D alone: from the gradient of D's output with respect
 to the pixels of a fake. This gradient says, for each pixel, whether the fake would look more real
-to D if the pixel were lighter or darker. With the best D, it points to where p / q grows fastest.
+to D if the pixel were lighter or darker. The best D grows with p / q, so its gradient points to
+where p / q grows fastest.
 
 Read this file from top to bottom: the input z, the two networks, their losses, the step in which
 they meet, two additions, and the way from pixels to numbers and back. A comment such as
@@ -65,7 +66,7 @@ def sample_latent(count, device="cpu", random=None, category=None):
     # no such way. No label and no loss ties a category to a digit, but G tends to draw similar
     # digits in one category.
     # A network reads a category as a "one-hot" vector: one entry is 1, and the others are 0. The
-    # scale makes it count beside the noise, whose length is about 10, the root of NOISE_DIM.
+    # norm of the noise is about 10, the root of NOISE_DIM, so a 1 alone would hardly count.
     number = torch.randint(N_CATEGORIES, (count,), device=device, generator=random)  # (N,)
     if category is not None:
         number[:] = category
@@ -131,7 +132,7 @@ class Discriminator(nn.Module):
         # D is a classifier with two classes, real and fake. G learns from nothing but its gradient.
         # Conv2d with stride 2 halves the size (7 becomes 4). DCGAN uses it in place of pooling
         #     (section 3). The one with stride 1 keeps the size and lets the next layer see up to
-        #     23x23 pixels of the image (its "receptive field"), most of a digit. Without it, they
+        #     23x23 pixels of the image (its "receptive field"), most of a digit. Without it, it
         #     would be 18x18.
         # BatchNorm2d makes D's output for an image depend a little on the rest of its batch. D may
         #     then notice that the fakes of a batch resemble one another, as the minibatch
@@ -212,7 +213,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
     """Train on a batch of real images (N, CHANNELS, 28, 28) in [-1, 1]: update D, then G.
 
     `step` is the number of this step. The first one is 1. Returns a dictionary of scalars for the
-    log: d_loss without the penalty, g_loss, and the means d_real of D(x) and d_fake of D(G(z)).
+    log: d_loss without the penalty, g_loss, and the means d_real of D(x) and d_fake of D(G(z)). All
+    but g_loss are from before D's update.
     Raises InputError if the fakes and the real images differ in shape.
     """
     # The fakes must have the height and width of the real images. D would recognise them by another
@@ -224,8 +226,8 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
                          f"{tuple(real.shape)}; change G's layers or CHANNELS, or the images")
 
     # 1. Update D, as Goodfellow et al. do first (Algorithm 1).
-    # Real images and fakes form two batches, because batch norm makes D's output depend on the
-    # batch, and in G's update D sees a batch of fakes only.
+    # Real images and fakes are two batches: batch norm makes D's output depend on the batch, and in
+    # G's update D sees a batch of fakes only.
     # detach() gives the fakes without PyTorch's record of how G made them (the "graph"): this loss
     # is for D alone. Without it, backward() would run on through G and free the record, which G's
     # update still needs.
@@ -268,10 +270,10 @@ def make_optimizer(network, lr):
 
 
 # ------------------------------------------------------------------------------------------------
-# Two additions. Like the category in z, they are in neither paper. Training works without them, and
-# draws worse digits (README.md, "From a blank file").
+# Two additions. Like the category in z, they are neither in Goodfellow et al. nor in DCGAN. Training
+# works without them, and draws worse digits (README.md, "From a blank file").
 
-R1_GAMMA = 0.03   # the paper uses 10, for larger images
+R1_GAMMA = 0.03   # Mescheder et al. use 10, for larger images
 R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2
 
 
