@@ -15,7 +15,7 @@ Here E[...] is a mean, and log is the natural logarithm. D is trained to make V 
 to make V small. (For G, the second term is replaced by a variant: see generator_loss.)
 
 What is the best D? Take one image x, which occurs with frequency p among the real images and with
-frequency q among the fakes. If D(x) depends on x alone, x contributes
+frequency q among the fakes. If D rates each image by itself, x contributes
 
     p log D(x)  +  q log(1 - D(x))
 
@@ -31,8 +31,8 @@ exactly like the real images (Theorem 1).
 
 G never receives a real image. It learns from D alone: from the gradient of D's output with respect
 to the pixels of a fake. This gradient says, for each pixel, whether the fake would look more real
-to D if the pixel were lighter or darker. The best D grows with p / q, so its gradient points to
-where p / q grows fastest.
+to D if the pixel were lighter or darker. The output of the best D rises with p / q, so its gradient
+points to where p / q grows fastest.
 
 Read this file from top to bottom: the input z, the two networks, their losses, the step in which
 they meet, two additions, and the way from pixels to numbers and back. A comment such as
@@ -93,13 +93,13 @@ class Generator(nn.Module):
         # Linear: each entry of z adds its own pattern to the first feature maps.
         # BatchNorm2d scales each feature map to mean 0 and variance 1 over the batch, then applies
         #     a learned scale and shift. DCGAN found it critical to keep G from drawing the same
-        #     image for every z (section 3). In the last layer, it would give every batch the same
+        #     image for every z (section 3). The last layer has none: it would give every batch the same
         #     brightness and contrast.
         # ConvTranspose2d is a learned way to enlarge an image. Each input pixel puts a copy of the
         #     kernel, times its value, into the output. The copies lie `stride` pixels apart and are
         #     added where they overlap. `padding` pixels are cut off at each edge. From size 4,
-        #     kernel 3 makes (4 - 1) * stride + 3 - 2 * padding = 7. Kernel 4 doubles the size. As a
-        #     multiple of the stride, it puts equally many copies on every pixel inside. With kernel
+        #     kernel 3 makes (4 - 1) * stride + 3 - 2 * padding = 7. Kernel 4 doubles the size. It is
+        #     a multiple of the stride, so every pixel inside gets equally many copies. With kernel
         #     3 in the last layers, some pixels would receive more, and the image could show a
         #     checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
         # Tanh: its outputs lie between -1 and 1, the range of the real images.
@@ -284,8 +284,8 @@ def r1_penalty(discriminator, real):
     the squared length of the gradient of D's logit with respect to the pixels (section 4.1).
     """
     # If the fakes are distributed like the real images, the best D is 1/2 everywhere: its gradient
-    # is 0. If D still has a gradient there, it moves G away from this solution, and D follows. Both
-    # can circle around the solution and never reach it (section 2). The penalty makes D's gradient
+    # is 0. If D still has a gradient there, it moves G away, D follows, and both can circle around
+    # this solution and never reach it (section 2). The penalty makes D's gradient
     # at real images smaller, so that it moves G less as G comes close.
     # Batch norm lets the images of a batch influence each other's logits. The gradient of the sum
     # is then not exactly each image's own.
