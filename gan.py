@@ -48,7 +48,7 @@ from torch import nn
 
 NOISE_DIM = 100       # as in DCGAN (see Generator)
 N_CATEGORIES = 10     # as many as there are digits
-CATEGORY_SCALE = 4.0  # with 0, z is noise only; with 100, G does not notice the noise
+CATEGORY_SCALE = 6.0  # with 0, z is noise only; with 100, G does not notice the noise
 LATENT_DIM = N_CATEGORIES + NOISE_DIM
 
 

@@ -30,7 +30,7 @@ from sample import draw_grid, load_checkpoint, save_animation
 MNIST = Path(__file__).resolve().parent / "data/MNIST/raw/train-images-idx3-ubyte.gz"
 EPOCHS = 25
 BATCH_SIZE = 64        # DCGAN uses 128, which makes half as many steps in an epoch
-LEARNING_RATE = 0.001  # DCGAN uses 0.0002, which is too slow here (results/README.md)
+LEARNING_RATE = 0.002  # DCGAN uses 0.0002, which is too slow here (results/README.md)
 LOG_EVERY = 20         # a row of losses.csv is the mean of so many steps
 DEVICES = ["cpu"]      # what PyTorch can use here: the CPU, and "cuda" or "mps" if there is one
 if torch.accelerator.is_available():
