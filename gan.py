@@ -93,15 +93,15 @@ class Generator(nn.Module):
         # Linear: each entry of z adds its own pattern to the first feature maps.
         # BatchNorm2d scales each feature map to mean 0 and variance 1 over the batch, then applies
         #     a learned scale and shift. DCGAN found it critical to keep G from drawing the same
-        #     image for every z (section 3). The last layer has none: it would give every batch the same
-        #     brightness and contrast.
+        #     image for every z (section 3). The last layer has none: it would give every batch the
+        #     same brightness and contrast.
         # ConvTranspose2d is a learned way to enlarge an image. Each input pixel puts a copy of the
         #     kernel, times its value, into the output. The copies lie `stride` pixels apart and are
         #     added where they overlap. `padding` pixels are cut off at each edge. From size 4,
-        #     kernel 3 makes (4 - 1) * stride + 3 - 2 * padding = 7. Kernel 4 doubles the size. It is
-        #     a multiple of the stride, so every pixel inside gets equally many copies. With kernel
-        #     3 in the last layers, some pixels would receive more, and the image could show a
-        #     checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
+        #     kernel 3 makes (4 - 1) * stride + 3 - 2 * padding = 7. Kernel 4 doubles the size. It
+        #     is a multiple of the stride, so every pixel inside gets equally many copies. With
+        #     kernel 3 in the last layers, some pixels would receive more, and the image could show
+        #     a checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
         # Tanh: its outputs lie between -1 and 1, the range of the real images.
         c1, c2, c3 = 64, 32, 16
         self.layers = nn.Sequential(
@@ -270,8 +270,8 @@ def make_optimizer(network, lr):
 
 
 # ------------------------------------------------------------------------------------------------
-# Two additions. Like the category in z, they are neither in Goodfellow et al. nor in DCGAN. Training
-# works without them, and draws worse digits (README.md, "From a blank file").
+# Two additions. Like the category in z, they are neither in Goodfellow et al. nor in DCGAN.
+# Training works without them, and draws worse digits (README.md, "From a blank file").
 
 R1_GAMMA = 0.03   # Mescheder et al. use 10, for larger images
 R1_INTERVAL = 16  # steps from one penalty to the next, as in StyleGAN2
@@ -285,8 +285,8 @@ def r1_penalty(discriminator, real):
     """
     # If the fakes are distributed like the real images, the best D is 1/2 everywhere: its gradient
     # is 0. If D still has a gradient there, it moves G away, D follows, and both can circle around
-    # this solution and never reach it (section 2). The penalty makes D's gradient
-    # at real images smaller, so that it moves G less as G comes close.
+    # this solution and never reach it (section 2). The penalty makes D's gradient at real images
+    # smaller, so that it moves G less as G comes close.
     # Batch norm lets the images of a batch influence each other's logits. The gradient of the sum
     # is then not exactly each image's own.
     # requires_grad_() marks a new tensor: the caller's stays as it is. create_graph is needed

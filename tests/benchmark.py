@@ -28,13 +28,13 @@ from sample import SHIPPED, draw_grid, load_generator, sample_digits
 DRAWS = range(11, 16)  # the seeds of the latent vectors of five draws of 10,000 digits
 
 # Edits of the program. Each names a file, a text that occurs in it exactly once, and a new text.
-RATE = ("train.py", "LEARNING_RATE = 0.002 ", "LEARNING_RATE = 0.0002 ")
+RATE = ("train.py", f"LEARNING_RATE = {train.LEARNING_RATE} ", "LEARNING_RATE = 0.0002 ")
 NO_R1 = ("gan.py", "if step % R1_INTERVAL == 0 else 0", "if False else 0")
-NO_CATEGORY = ("gan.py", "CATEGORY_SCALE = 6.0 ", "CATEGORY_SCALE = 0.0 ")
+NO_CATEGORY = ("gan.py", f"CATEGORY_SCALE = {gan.CATEGORY_SCALE} ", "CATEGORY_SCALE = 0.0 ")
 
 EXPERIMENTS = {
     "DCGAN": [RATE, NO_R1, NO_CATEGORY],
-    "DCGAN, learning rate 0.002": [NO_R1, NO_CATEGORY],
+    f"DCGAN, learning rate {train.LEARNING_RATE}": [NO_R1, NO_CATEGORY],
     "no category": [NO_CATEGORY],
     "no change": [],
     "no R1": [NO_R1],
@@ -45,8 +45,6 @@ EXPERIMENTS = {
     "half the channels": [
         ("gan.py", "c1, c2, c3 = 64, 32, 16", "c1, c2, c3 = 32, 16, 8"),
         ("gan.py", "c1, c2, c3, c4 = 8, 16, 48, 96", "c1, c2, c3, c4 = 4, 8, 24, 48")],
-    "category scale 100": [("gan.py", "CATEGORY_SCALE = 6.0 ", "CATEGORY_SCALE = 100.0 ")],
-    "real images from 0 to 255": [("gan.py", "pixels.float() / 127.5 - 1", "pixels.float()")],
 }
 
 # Run in the folder of a changed program: draw digits with a network of the checkpoint.
