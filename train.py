@@ -61,8 +61,7 @@ def train(epochs=EPOCHS, device=DEVICES[-1], batch_size=BATCH_SIZE, lr=LEARNING_
 
     # A run is its settings (with a checksum of the images), the states of five objects, the number
     # of complete epochs, and the log.
-    checksum = zlib.crc32(images.numpy())
-    settings = {"batch_size": batch_size, "lr": lr, "seed": seed, "data": checksum}
+    settings = dict(batch_size=batch_size, lr=lr, seed=seed, data=zlib.crc32(images.numpy()))
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     complete, log = 0, ""
