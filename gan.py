@@ -29,10 +29,10 @@ real ones among all occurrences of x. Where both are equally frequent, the best 
 the best D, V is smallest, and G at its goal, if this is so everywhere: the fakes are distributed
 exactly like the real images (Theorem 1).
 
-G never receives a real image. It learns from D alone: from the gradient of D's output with respect
-to the pixels of a fake. This gradient says, for each pixel, whether the fake would look more real
-to D if the pixel were lighter or darker. The output of the best D rises with p / q, so its gradient
-points to where p / q grows fastest.
+G never receives a real image. It learns from D alone: from the gradient of D(x) with respect to the
+pixels of a fake. This gradient says, for each pixel, whether the fake would look more real to D if
+the pixel were lighter or darker. The best D(x) rises with p / q, so its gradient points to where
+p / q grows fastest.
 
 Read this file from top to bottom: the input z, the two networks, their losses, the step in which
 they meet, two additions, and the way from pixels to numbers and back. A comment such as
@@ -205,10 +205,6 @@ def generator_loss(fake_logits):
 # The step in which they meet
 
 
-class InputError(ValueError):
-    """Raised for input that a user can mend. The scripts print its message without a traceback."""
-
-
 def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, step):
     """Train on a batch of real images (N, CHANNELS, 28, 28) in [-1, 1]: update D, then G.
 
@@ -226,14 +222,14 @@ def adversarial_step(generator, discriminator, g_optimizer, d_optimizer, real, s
                          f"{tuple(real.shape)}; change G's layers or CHANNELS, or the images")
 
     # 1. Update D, as Goodfellow et al. do first (Algorithm 1).
-    # Real images and fakes are two batches: batch norm makes D's output depend on the batch, and in
-    # G's update D sees a batch of fakes only.
+    # In G's update, D sees a batch of fakes only, and batch norm makes its output depend on the
+    # batch. So here, too, real images and fakes are two batches.
     # detach() gives the fakes without PyTorch's record of how G made them (the "graph"): this loss
     # is for D alone. Without it, backward() would run on through G and free the record, which G's
     # update still needs.
-    # The penalty, explained below, takes as long as the rest of the step. It is therefore computed
-    # in one of R1_INTERVAL steps, with R1_INTERVAL times the weight (StyleGAN2: Karras et al. 2020,
-    # arxiv.org/abs/1912.04958, section 3.1, "lazy regularization").
+    # The penalty is explained below. To save time, it is computed in one of R1_INTERVAL steps, with
+    # R1_INTERVAL times the weight (StyleGAN2: Karras et al. 2020, arxiv.org/abs/1912.04958, section
+    # 3.1, "lazy regularization").
     real_logits = discriminator(real)                                         # (N,)
     fake_logits = discriminator(fake.detach())                                # (N,)
     d_loss = discriminator_loss(real_logits, fake_logits)
@@ -341,3 +337,7 @@ def generate(generator, z):
     images = generator.eval()(z.to(next(generator.parameters()).device))      # (N, 1, 28, 28)
     generator.train(was_training)
     return to_pixels(images).cpu()
+
+
+class InputError(ValueError):
+    """Raised for input that a user can mend. The scripts print its message without a traceback."""
