@@ -45,6 +45,15 @@ EXPERIMENTS = {
     "half the channels": [
         ("gan.py", "c1, c2, c3 = 64, 32, 16", "c1, c2, c3 = 32, 16, 8"),
         ("gan.py", "c1, c2, c3, c4 = 8, 16, 48, 96", "c1, c2, c3, c4 = 4, 8, 24, 48")],
+    "narrower D": [("gan.py", "c1, c2, c3, c4 = 8, 16, 48, 96", "c1, c2, c3, c4 = 8, 16, 32, 64")],
+    "group norm in D": [
+        ("gan.py", f"nn.BatchNorm2d({c}),\n            nn.Leaky", f"nn.GroupNorm(1, {c}), nn.Leaky")
+        for c in ("c2", "c3", "c4")],
+    "noise on D's input, no R1": [NO_R1, (
+        "gan.py", "self.layers(images)", "self.layers(images + 0.2 * torch.randn_like(images))")],
+    "D judges pairs": [
+        ("gan.py", "nn.Conv2d(CHANNELS, c1", "nn.Conv2d(2 * CHANNELS, c1"),
+        ("gan.py", "self.layers(images)", "self.layers(images.reshape(-1, 2 * CHANNELS, 28, 28))")],
 }
 
 # Run in the folder of a changed program: draw digits with a network of the checkpoint.
