@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 # On Linux, PyTorch's threads wait for one another in a busy loop. With its default length, training
-# is more than ten times slower while another program keeps a core busy (results/README.md). PyTorch
+# can be many times slower while other programs keep the cores busy (results/README.md). PyTorch
 # reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
